@@ -1,0 +1,14 @@
+.PHONY: style quality test ci
+
+style:  # repairs what can be repaired
+	ruff check --fix .
+
+quality:
+	ruff check .
+	mypy
+
+test:
+	pytest
+
+ci:  # what every change must pass, in a fresh virtual environment
+	bash .ci/run

@@ -1,0 +1,23 @@
+"""Residual networks of CIM: timm's `ResNet`, as it is."""
+
+from typing import Any
+
+from timm.models import PretrainedCfg, build_model_with_cfg
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+RESNETS: dict[str, dict[str, Any]] = {
+    "cim_resnet18": dict(block=BasicBlock, layers=(2, 2, 2, 2)),
+    "cim_resnet34": dict(block=BasicBlock, layers=(3, 4, 6, 3)),
+    "cim_resnet50": dict(block=Bottleneck, layers=(3, 4, 6, 3)),
+    "cim_resnet101": dict(block=Bottleneck, layers=(3, 4, 23, 3)),
+}
+
+
+def build_resnet(name: str, **kwargs: Any) -> nn.Module:
+    """Builds one of `RESNETS`; see `cim_models.backbones.build`."""
+    default_cfg = PretrainedCfg(
+        architecture=name, num_classes=0, first_conv="conv1", classifier="fc", pool_size=(7, 7), crop_pct=0.9
+    )
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or default_cfg
+    return build_model_with_cfg(ResNet, name, pretrained=False, **{**RESNETS[name], **kwargs})

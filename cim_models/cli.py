@@ -1,0 +1,162 @@
+"""`cim …`: parses, calls one function of the package, prints what it returns."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from . import __version__
+from .errors import CimModelsError
+
+if TYPE_CHECKING:
+    from .pretraining.config import PretrainConfig
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "quickstart": ("cim_models.evaluation.quickstart:quickstart", "features, neighbours, correlation maps of your images"),
+    "list": ("cim_models.hub.manifest:table", "released weights"),
+    "info": ("cim_models.hub.manifest:info", "everything about one release"),
+    "verify": ("cim_models.cli:verify", "check released weights against what is recorded of them"),
+    "embed": ("cim_models.evaluation.embed:embed", "write the features of a folder of images"),
+    "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
+    "pretrain": ("cim_models.pretraining.loop:pretrain", "pretrain an encoder on a folder of images"),
+    "evaluate knn": ("cim_models.evaluation.knn:evaluate_knn", "nearest-neighbour accuracy of an encoder"),
+    "release": ("cim_models.hub.release:release", "make a release folder of a run"),
+    "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
+}
+"""Name: the function to call, and one line of help. Its signature and docstring are the command's options and help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: Of the command line, without the program's name; by default `sys.argv`.
+
+    Returns:
+        The exit code: 0 done, 1 a `CimModelsError`, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.basicConfig(format="cim: %(message)s", level=logging.WARNING)
+    logging.getLogger("cim_models").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except CimModelsError as error:
+        if debug:
+            raise
+        print(f"cim: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("cim: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
+    """Finds the command, and prints what it returns."""
+    first, *others = arguments or [""]
+    group = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if first in ("", "-h", "--help") or (group and others[:1] in ([], ["-h"], ["--help"])):
+        print(_help(group or list(COMMANDS)))
+        return 0 if arguments[-1:] in (["-h"], ["--help"]) else 2
+    if first == "--version":
+        print(__version__)
+        return 0
+    name = " ".join(arguments[: 2 if group else 1])
+    if name in COMMANDS:
+        result = _call(name, others[1:] if group else others)
+        if result is not None:
+            print("\n".join(map(str, result)) if isinstance(result, (list, tuple)) else result)
+        return 0
+    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean `cim {close[0]}`?" if close else "`cim --help` lists the commands"
+    print(f"cim: there is no command {name!r}; {hint}", file=sys.stderr)
+    return 2
+
+
+def _call(name: str, arguments: list[str]) -> Any:
+    """Imports the command's function, parses its arguments by its signature, and calls it.
+
+    Positional arguments are a function's positional-only ones, or, if it has none, those without a default.
+    """
+    import tyro
+
+    module, _, function = COMMANDS[name][0].partition(":")
+    target = getattr(importlib.import_module(module), function)
+    if name == "pretrain":
+        return target(_parse_run(arguments))
+    kinds = [parameter.kind for parameter in inspect.signature(target).parameters.values()]
+    config = () if inspect.Parameter.POSITIONAL_ONLY in kinds else (tyro.conf.PositionalRequiredArgs,)
+    return tyro.cli(target, prog=f"cim {name}", args=arguments, config=config)
+
+
+def _parse_run(arguments: list[str]) -> "PretrainConfig":
+    """The configuration of a run: its fields are flags, whose defaults are those of the recipe."""
+    import tyro
+
+    from .pretraining.config import PretrainConfig, load_recipe, recipes
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    name = finder.parse_known_args(arguments)[0].recipe
+    start = load_recipe(name) if name else PretrainConfig()
+    known = f"What differs from the defaults: {', '.join(recipes())}, or a YAML file."
+
+    def pretrain(
+        data: Annotated[str, tyro.conf.arg(metavar="DATA")],
+        /,
+        recipe: Annotated[str, tyro.conf.arg(help=known)],
+        config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = start,
+    ) -> PretrainConfig:
+        """Pretrains an encoder with Correlational Image Modeling. Defaults are those of the recipe.
+
+        Args:
+            data: A folder of images, searched recursively, or a text file with one path per line.
+        """
+        config.data.path = data
+        return config
+
+    return tyro.cli(pretrain, prog="cim pretrain", args=arguments)
+
+
+def verify(names: tuple[str, ...] = (), /) -> list[str]:
+    """Computes again what is recorded of released weights: sizes, checksums, shapes, golden outputs.
+
+    Args:
+        names: Ids or architectures; by default all that is released.
+    """
+    from .hub.manifest import load_manifest
+    from .hub.verify import verify
+
+    chosen = names or tuple(load_manifest().entries)
+    return [f"{name}  {len(verify(name)['files'])} files, all as recorded" for name in chosen]
+
+
+def _help(names: Sequence[str]) -> str:
+    """Some commands, a line each."""
+    width = max(map(len, names))
+    lines = [f"  {name.ljust(width)}  {COMMANDS[name][1]}" for name in names]
+    return "\n".join(
+        [
+            "usage: cim COMMAND …",
+            "",
+            "Correlational Image Modeling: pretrain on a folder of images, load released encoders.",
+            "",
+            *lines,
+            "",
+            "`cim COMMAND --help` explains one. --debug shows where an error comes from, --version the version.",
+        ]
+    )

@@ -1,0 +1,139 @@
+"""A name, a folder or a file → an encoder that is ready to be measured, and what it is in words."""
+
+import hashlib
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from ..backbones import ARCHITECTURES
+from ..errors import ConfigError, WeightsError
+from ..hub.cim import pretrained_cfg
+from ..hub.load import create_model, create_pretext
+from ..hub.names import parse_name
+from ..hub.store import Weights, resolve
+from ..pretext.model import CIM
+
+DEFAULT_MODEL = "cim_vit_tiny"
+"""An architecture whose newest released weights travel with the package."""
+
+
+def open_encoder(
+    model: str,
+    *,
+    random_init: bool = False,
+    seed: int = 0,
+    image_size: int | None = None,
+    device: str | None = None,
+) -> nn.Module:
+    """Loads a pretrained encoder without classifier.
+
+    Args:
+        model: Name of released weights or of an architecture that has some; a release folder, a run directory or a
+            safetensors file; or a model of timm.
+        random_init: Random weights in the same architecture, with the same transform.
+        seed: Of the random weights.
+        image_size: Side of the images in pixels; by default what the weights say.
+        device: By default the GPU where there is one.
+
+    Returns:
+        The encoder in evaluation mode, on its device.
+
+    Raises:
+        ConfigError: If there is no such architecture, device or size.
+        WeightsError: If there are no such weights, or they do not fit.
+    """
+    place = _device(device)
+    asked = parse_name(model, ARCHITECTURES)
+    foreign = asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if foreign:
+            encoder = _from_timm(model, pretrained=not random_init)
+        elif random_init:
+            encoder = _like(_described(model))
+        else:
+            encoder = create_model(model, pretrained=True, num_classes=0)
+    if image_size is not None:
+        _resize(encoder, image_size)
+    return encoder.to(place).eval()
+
+
+def open_pretext(model: str, device: str | None = None) -> tuple[CIM, int, int]:
+    """Loads an encoder pair with its correlation head, in evaluation mode, on its device.
+
+    Returns:
+        The model, and the sides in pixels of the contexts and of the exemplars that it was trained on.
+
+    Raises:
+        WeightsError: If there are no such weights, or they have no correlation head.
+    """
+    place = _device(device)
+    pretext = create_pretext(model)
+    sizes = resolve(model, part="pretext").pretext
+    if sizes is None:
+        raise WeightsError(f"{model} does not say which sizes its correlation head is for")
+    return pretext.to(place).eval(), sizes.context_size, sizes.exemplar_size
+
+
+def describe(encoder: nn.Module, name: str, random_init: bool = False) -> dict[str, Any]:
+    """What was measured: enough to make the same encoder and its inputs again, as JSON.
+
+    The sha256 is one over the names and the bytes of all tensors, whatever file they came from.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(encoder.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "model": name,
+        "architecture": encoder.pretrained_cfg.get("architecture", ""),
+        "random_init": random_init,
+        "weights_sha256": digest.hexdigest(),
+        "transform": resolve_model_data_config(encoder),
+    }
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _from_timm(name: str, pretrained: bool) -> nn.Module:
+    """A model of timm, and any trouble with its download as one kind of error."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:
+        raise WeightsError(f"timm cannot load {name}: {' '.join(str(error).split())}") from error
+
+
+def _described(model: str) -> Weights:
+    """The weights of a name, or just the architecture where none are released."""
+    try:
+        return resolve(model)
+    except WeightsError:
+        if model not in ARCHITECTURES:
+            raise
+        return Weights(model, model, {})
+
+
+def _like(found: Weights) -> nn.Module:
+    """A random encoder of the architecture and with the preprocessing of some weights."""
+    cfg = pretrained_cfg(found)
+    return create_model(found.architecture, num_classes=0, pretrained_cfg=cfg, **(found.model_args or {}))
+
+
+def _resize(encoder: nn.Module, size: int) -> None:
+    """Makes an encoder, and the transform that belongs to it, take images of another size."""
+    if hasattr(encoder, "set_input_size") and not getattr(encoder, "dynamic_img_size", False):
+        try:
+            encoder.set_input_size(img_size=size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"image_size={size} does not fit {type(encoder).__name__}: {error}") from error
+    encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, size, size)}

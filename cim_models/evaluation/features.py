@@ -1,0 +1,190 @@
+"""Features of any number of images from any timm model, a batch at a time."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..errors import ConfigError, DataError
+from ..hub.load import create_transform
+from ..images import read_image
+
+Pooling: TypeAlias = Literal["patches", "class", "both", "dense"]
+Precision: TypeAlias = Literal["fp32", "bf16"]
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
+Picture: TypeAlias = str | Path | Image.Image
+
+DEFAULT_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+LONGEST = 16
+"""Of a picture longer than this many times its width only the middle is read: evaluation crops a square from it."""
+
+logger = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """What an encoder says of some images."""
+
+    features: Tensor
+    """(B, D) float32 on the CPU; (B, D, h, w) when dense."""
+    indices: Tensor
+    """(B,) int64: which of the given images each row is."""
+    unreadable: dict[int, str]
+    """Index of each image that could not be read, and why: it has no row."""
+
+
+def pool(model: nn.Module, images: Tensor, pooling: Pooling = "patches") -> Tensor:
+    """Runs a timm model to its final norm and pools what comes out.
+
+    Args:
+        model: Any timm model.
+        images: (B, 3, H, W), normalised.
+        pooling: `patches`, the mean of the patch tokens or of the last feature map (B, D); `class`, the class token
+            (B, D); `both`, class token and mean beside each other (B, 2 D); `dense`, the map (B, D, h, w).
+
+    Raises:
+        ConfigError: If the class token is asked of a model that has none.
+    """
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    if pooling in ("class", "both") and (not prefix or getattr(model, "cls_token", None) is None):
+        raise ConfigError(f"pooling={pooling!r}: {type(model).__name__} has no class token; use pooling='patches'")
+    if pooling == "dense":
+        return model.forward_intermediates(images, 1, norm=True, intermediates_only=True, output_fmt="NCHW")[0]
+    tokens = model.forward_features(images)
+    if tokens.ndim == 4:
+        return tokens.mean(dim=(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else (2, 3))
+    parts = {"class": tokens[:, 0], "patches": tokens[:, prefix:].mean(dim=1)}
+    return parts[pooling] if pooling in parts else torch.cat([*parts.values()], dim=1)
+
+
+def extract(
+    model: nn.Module,
+    images: Sequence[Picture],
+    pooling: Pooling = "patches",
+    *,
+    transform: Transform | None = None,
+    batch_size: int = 64,
+    workers: int = DEFAULT_WORKERS,
+    precision: Precision = "fp32",
+    progress: str | None = None,
+) -> Iterator[Features]:
+    """Streams features of images, in their order.
+
+    An image that cannot be read is skipped, named in a warning of the log and in the result.
+
+    Args:
+        model: Any timm model; it runs where it is, in evaluation mode, and is left as it was.
+        images: Files, or pictures themselves.
+        pooling: See `pool`.
+        transform: RGB picture → (3, H, W); by default the one that belongs to the model's weights.
+        batch_size: Images at a time.
+        workers: Processes that read images; none are started for a single batch.
+        precision: `bf16` runs the encoder in bfloat16; features are float32 in any case.
+        progress: Shows a bar of this name on a terminal.
+
+    Yields:
+        `Features` of up to `batch_size` images.
+
+    Raises:
+        DataError: If no image can be read, or a feature is not finite (naming the image).
+        ConfigError: If the model has no such pooling.
+    """
+    loader = DataLoader(
+        _Pictures(images, transform or create_transform(model)),
+        batch_size=batch_size,
+        num_workers=workers if len(images) > batch_size else 0,
+        collate_fn=_collate,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),
+    )
+    parameter = next(model.parameters())
+    readable, reasons = 0, []
+    with (
+        _evaluation_mode(model),
+        tqdm(desc=progress, total=len(images), unit="image", disable=None if progress else True) as bar,
+    ):
+        for indices, batch, unreadable in loader:
+            reasons += unreadable.values()
+            for reason in unreadable.values():
+                logger.warning("skipped %s", reason)
+            if batch is not None:
+                with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, precision == "bf16"):
+                    features = pool(model, batch.to(parameter.device, parameter.dtype), pooling).float().cpu()
+                broken = ~features.flatten(1).isfinite().all(dim=1)
+                if broken.any():
+                    image = images[int(indices[broken][0])]
+                    raise DataError(f"{image}: the encoder's features of this image are not finite; check the weights")
+                readable += len(indices)
+                yield Features(features, indices, unreadable)
+            elif unreadable:
+                yield Features(torch.empty(0), indices, unreadable)
+            bar.update(len(indices) + len(unreadable))
+    if not readable:
+        raise DataError(f"none of {len(images)} images can be read" + (f"; the first: {reasons[0]}" if reasons else ""))
+
+
+def extract_all(model: nn.Module, images: Sequence[Picture], *args: Any, **options: Any) -> Features:
+    """Collects `extract` in memory, with the same arguments and errors."""
+    features, indices, unreadable = [], [], {}
+    for batch in extract(model, images, *args, **options):
+        unreadable.update(batch.unreadable)
+        if len(batch.indices):
+            features.append(batch.features)
+            indices.append(batch.indices)
+    return Features(torch.cat(features), torch.cat(indices), unreadable)
+
+
+class _Pictures(Dataset[tuple[int, Tensor | str]]):
+    """(index, transformed picture), or (index, reason) of one that cannot be read."""
+
+    def __init__(self, images: Sequence[Picture], transform: Transform) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        image = self.images[index]
+        if not isinstance(image, Image.Image):
+            try:
+                image = read_image(image)
+            except DataError as error:
+                return index, str(error)
+        return index, self.transform(_middle(image))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a very long picture, which would be huge once its short side is enlarged; others as they are."""
+    width, height = (min(side, LONGEST * min(image.size)) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height)) if (width, height) != image.size else image
+
+
+def _collate(samples: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor | None, dict[int, str]]:
+    """Indices and pictures (B, 3, H, W) of the readable samples, reasons of the others."""
+    unreadable = {index: value for index, value in samples if isinstance(value, str)}
+    pictures = {index: value for index, value in samples if isinstance(value, Tensor)}
+    return torch.tensor(list(pictures)).long(), torch.stack([*pictures.values()]) if pictures else None, unreadable
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the modules that train into evaluation mode, and back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,209 @@
+"""Weighted k-nearest-neighbour accuracy of frozen features: what an encoder knows without any training on top."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+from .encoders import describe, open_encoder
+from .features import DEFAULT_WORKERS, Pooling, Precision, extract_all
+from .protocol import Report, check_same_classes, class_folders
+
+PROTOCOL = "knn-1"
+KS = (10, 20, 50, 100, 200)
+HEADLINE = 20
+TEMPERATURE = 0.07
+
+
+class Neighbours(NamedTuple):
+    """The nearest gallery rows of some queries, nearest first."""
+
+    similarities: Tensor
+    """(B, k) cosine similarities, float32."""
+    indices: Tensor
+    """(B, k) rows of the gallery."""
+
+
+def nearest(queries: Tensor, gallery: Tensor, k: int, chunk: int = 16384) -> Iterator[Neighbours]:
+    """Finds nearest neighbours by cosine similarity, a block of the similarity matrix at a time.
+
+    Whatever the sizes, no more than `chunk` gallery rows and 1024 × chunk similarities exist at once beside the
+    arguments, which may be on another device than the one computed on (that of the queries) and mapped from a file.
+
+    Args:
+        queries: (M, D) float.
+        gallery: (N, D) float.
+        k: Neighbours of each query, at most N.
+        chunk: Gallery rows at a time.
+
+    Yields:
+        `Neighbours` of up to 1024 queries, in order.
+    """
+    for block in queries.split(1024):
+        block = F.normalize(block.float(), dim=1)
+        similarities = block.new_empty(len(block), 0)
+        indices = torch.empty_like(similarities, dtype=torch.long)
+        for start in range(0, len(gallery), chunk):
+            rows = F.normalize(gallery[start : start + chunk].to(block.device, torch.float32), dim=1)
+            best = (block @ rows.T).topk(min(k, len(rows)), dim=1)
+            similarities, order = torch.cat([similarities, best.values], dim=1).sort(dim=1, descending=True, stable=True)
+            indices = torch.cat([indices, best.indices + start], dim=1).gather(1, order)
+            similarities, indices = similarities[:, :k], indices[:, :k]
+        yield Neighbours(similarities, indices)
+
+
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    chunk: int = 16384,
+) -> Iterator[dict[int, Tensor]]:
+    """Lets the k nearest training images vote, each with the weight exp(cosine similarity / temperature).
+
+    Args:
+        train_features: (N, D) float.
+        train_labels: (N,) int64 in [0, C).
+        test_features: (M, D) float; the computation runs on their device.
+        ks: Numbers of voters, each in 1 … N.
+        temperature: Above 0; small values trust the nearest image.
+        chunk: Training rows at a time.
+
+    Yields:
+        For up to 1024 test images at a time, in order: {k: (B,) predicted labels}; of equal votes the lower label.
+
+    Raises:
+        ConfigError: If a k or the temperature is out of range.
+    """
+    if not ks or min(ks) < 1 or max(ks) > len(train_features):
+        raise ConfigError(f"ks={tuple(ks)}: each must be between 1 and the {len(train_features)} training images")
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature}: must be above 0")
+    classes = int(train_labels.max()) + 1
+    train_labels = train_labels.to(test_features.device)
+    for similarities, indices in nearest(test_features, train_features, max(ks), chunk):
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+        voted = train_labels[indices]
+        predictions = {}
+        for k in ks:
+            votes = weights.new_zeros(len(weights), classes).scatter_add_(1, voted[:, :k], weights[:, :k])
+            predictions[k] = votes.argmax(dim=1)
+        yield predictions
+
+
+def knn(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    chunk: int = 16384,
+) -> dict[int, float]:
+    """Measures the accuracy of `knn_predict`, with the same arguments and errors.
+
+    Args:
+        test_labels: (M,) int64.
+
+    Returns:
+        {k: share of test images with the right label, in [0, 1]}.
+    """
+    hits = dict.fromkeys(ks, 0)
+    labels = iter(test_labels.to(test_features.device).split(1024))
+    for predictions in knn_predict(train_features, train_labels, test_features, ks, temperature, chunk):
+        right = next(labels)
+        for k, predicted in predictions.items():
+            hits[k] += int((predicted == right).sum())
+    return {k: count / len(test_features) for k, count in hits.items()}
+
+
+def evaluate_knn(
+    model: str,
+    train: Path,
+    val: Path,
+    /,
+    out: Path = Path("knn.json"),
+    *,
+    random_init: bool = False,
+    ks: tuple[int, ...] = KS,
+    temperature: float = TEMPERATURE,
+    pooling: Pooling = "patches",
+    image_size: int | None = None,
+    limit_per_class: int | None = None,
+    batch_size: int = 64,
+    workers: int = DEFAULT_WORKERS,
+    device: str | None = None,
+    precision: Precision = "fp32",
+) -> Report:
+    """Measures the weighted kNN accuracy of a frozen encoder on two folders of classes.
+
+    A class is a folder, its images anywhere below; both splits hold the same classes. Unreadable images are left out
+    and named in the report.
+
+    Args:
+        model: Name of a model or of released weights, a release folder, a weights file, or any model of timm.
+        train: Folder of class folders with the images that vote.
+        val: Folder of class folders with the images to classify.
+        out: JSON file for the whole protocol and the result.
+        random_init: Random weights in the same architecture, with the same transform: the baseline to compare with.
+        ks: Numbers of voters; those above the number of training images are left out. The headline is 20.
+        temperature: Of the weights exp(cosine similarity / temperature).
+        pooling: What stands for an image: mean of the patch tokens, class token, or both.
+        image_size: Pixels of the side of what the encoder sees; by default what its weights say.
+        limit_per_class: Only the first images of each class, in order of their names, of both splits.
+        batch_size: Images at a time.
+        workers: Processes that read images.
+        device: Such as cuda or cpu; by default the GPU where there is one.
+        precision: Of the encoder; features are compared in fp32.
+
+    Raises:
+        DataError: If the folders hold fewer than two classes, differ in them, or hold an empty one.
+        ConfigError: If a setting cannot work.
+    """
+    if pooling == "dense":
+        raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
+    splits = {"train": class_folders(train, limit_per_class), "val": class_folders(val, limit_per_class)}
+    check_same_classes(*splits.values())
+    encoder = open_encoder(model, random_init=random_init, image_size=image_size, device=device)
+    extracted = {
+        name: extract_all(
+            encoder, split.paths, pooling, batch_size=batch_size, workers=workers, precision=precision, progress=name
+        )
+        for name, split in splits.items()
+    }
+    features = {name: rows.features for name, rows in extracted.items()}
+    labels = {name: split.labels[extracted[name].indices] for name, split in splits.items()}
+    usable = tuple(k for k in ks if k <= len(features["train"]))
+    if not usable:
+        raise DataError(f"{train}: {len(features['train'])} images are too few for k={min(ks)}; give more, or smaller ks")
+    queries = features["val"].to(next(encoder.parameters()).device)
+    accuracies = knn(features["train"], labels["train"], queries, labels["val"], usable, temperature)
+
+    report = Report(
+        protocol=PROTOCOL,
+        model=describe(encoder, model, random_init=random_init),
+        data={
+            name: {**split.fingerprint(), "unreadable": list(extracted[name].unreadable.values())}
+            for name, split in splits.items()
+        },
+        settings={
+            "similarity": "cosine",
+            "temperature": temperature,
+            "pooling": pooling,
+            "precision": precision,
+            "limit_per_class": limit_per_class,
+        },
+        result={
+            "top1": {str(k): accuracy for k, accuracy in accuracies.items()},
+            "headline": accuracies.get(HEADLINE),
+            "chance": 1 / len(splits["val"].classes),
+        },
+        table=[("k", "top-1"), *((str(k), f"{accuracy:.2%}") for k, accuracy in accuracies.items())],
+    )
+    report.save(out)
+    return report

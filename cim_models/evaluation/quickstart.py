@@ -1,0 +1,222 @@
+"""Features, neighbours and correlation maps of a few images, to see in a minute what an encoder does."""
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..images import read_image
+from ..plots import correlation_sheet, neighbour_sheet
+from ..pretext import views
+from ..pretext.exemplars import ExemplarConfig
+from ..pretext.views import ViewConfig, denormalise, make_views
+from .embed import embed, load_features
+from .encoders import DEFAULT_MODEL, open_encoder, open_pretext
+from .features import extract_all
+from .files import replacing
+from .knn import nearest
+from .locate import square
+
+PHOTOGRAPHS = (
+    "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "hubble_deep_field.jpg",
+    "motorcycle_left.png", "rocket.jpg",
+)  # fmt: skip
+"""Of scikit-image, those that are more than a texture and come with the package itself, in most versions."""
+GRID = 3
+"""Of few photographs, GRID × GRID tiles of each are compared."""
+FEW = 50
+"""From so many images on, the images themselves are compared."""
+LARGEST = 768
+"""Pixels of a photograph's longer side before it is cut into tiles."""
+ROWS, NEIGHBOURS, EXEMPLARS = 8, 5, 3
+"""Images on a sheet, neighbours of each and exemplars of each."""
+
+
+@dataclass
+class Quickstart:
+    """What `quickstart` wrote and found."""
+
+    features: Path
+    neighbours: Path
+    correlation: Path
+    images: int
+    """How many have features."""
+    iou: float
+    """Mean overlap of the true places of the exemplars with the predicted ones (probability above one half)."""
+    iou_shuffled: float | None
+    """The same with the exemplars of another image: what the shape of an average map gives. None for one image."""
+    same: float | None
+    """Share of tiles whose nearest other tile is of the same photograph; None if images were compared."""
+    same_random: float | None
+    """The same with random weights."""
+    same_chance: float
+    """The same by chance."""
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.features}  features of {self.images} images",
+            f"{self.neighbours}  nearest neighbours by cosine similarity",
+            f"{self.correlation}  exemplars, their true places and the predicted ones",
+        ]
+        if self.same is not None:
+            lines.append(
+                f"The nearest tile is one of the same photograph for {self.same:.0%} of the tiles "
+                f"(random weights {self.same_random:.0%}, chance {self.same_chance:.0%})."
+            )
+        shuffled = "" if self.iou_shuffled is None else f" ({self.iou_shuffled:.2f} with exemplars of another image)"
+        lines.append(f"Predicted and true places overlap by {self.iou:.2f}{shuffled}.")
+        return "\n".join([*lines, f"{self.seconds:.0f} seconds"])
+
+
+def quickstart(
+    images: Path | None = None,
+    /,
+    out: Path = Path("cim_quickstart"),
+    *,
+    model: str = DEFAULT_MODEL,
+    device: str | None = None,
+) -> Quickstart:
+    """Shows what an encoder makes of your images: features, nearest neighbours and correlation maps.
+
+    Of fewer than 50 images, tiles that do not overlap are compared, nine of each: neighbours should be of the same
+    photograph.
+
+    Args:
+        images: A folder, a text file of paths or one image; by default the photographs that scikit-image comes with.
+        out: Folder for features.safetensors, neighbours.png and correlation.png.
+        model: Name of released weights with a correlation head, a release folder or a run directory.
+        device: Such as cuda or cpu; by default the GPU where there is one.
+
+    Raises:
+        ConfigError: If scikit-image is needed and missing, or the folder cannot be written.
+        DataError: If there are no images or none can be read.
+        WeightsError: If there are no such weights, or they have no correlation head.
+    """
+    start = time.perf_counter()
+    if images is None:
+        images = out / "images.txt"
+        with replacing(images) as file:
+            file.writelines(os.fsencode(path) + b"\n" for path in photographs())
+    features, names = load_features(embed(images, model, out / "features.safetensors", device=device).path)
+    shown = _spread(len(names), ROWS)
+
+    picture, iou, iou_shuffled = _correlation([names[i] for i in shown], model, device)
+    correlation = _save(picture, out / "correlation.png")
+
+    same: dict[bool, float] = {}
+    if len(names) >= FEW:
+        picture = _sheet(features, shown, names, lambda i: read_image(names[i]))
+    else:
+        tiles = [tile for name in names for tile in _tiles(read_image(name))]
+        owners = [name for name in names for _ in range(GRID**2)]
+        for random_init in (True, False):
+            encoder = open_encoder(model, random_init=random_init, device=device)
+            features = extract_all(encoder, tiles, workers=0).features
+            nearest_owners = [owners[row[0][0]] for row in _others(features, list(range(len(tiles))), 1)]
+            same[random_init] = sum(map(str.__eq__, owners, nearest_owners)) / len(tiles)
+        picture = _sheet(features, [i * GRID**2 + GRID**2 // 2 for i in shown], owners, tiles.__getitem__)
+    return Quickstart(
+        features=out / "features.safetensors",
+        neighbours=_save(picture, out / "neighbours.png"),
+        correlation=correlation,
+        images=len(names),
+        iou=iou,
+        iou_shuffled=iou_shuffled,
+        same=same.get(False),
+        same_random=same.get(True),
+        same_chance=(GRID**2 - 1) / (len(names) * GRID**2 - 1),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def photographs() -> list[Path]:
+    """The photographs that scikit-image is installed with; ConfigError if there are none."""
+    spec = importlib.util.find_spec("skimage")
+    folders = spec.submodule_search_locations if spec else None
+    found = [Path(folder, "data", name) for folder in folders or () for name in PHOTOGRAPHS]
+    found = [path for path in found if path.is_file()]
+    if not found:
+        raise ConfigError(
+            "no images are given, and scikit-image, whose photographs are the default, is not installed: "
+            "give a folder of images, or run pip install 'cim-models[demo]'"
+        )
+    return found
+
+
+def _correlation(names: Sequence[str], model: str, device: str | None) -> tuple[Image.Image, float, float | None]:
+    """The sheet of `correlation.png`; the overlap of true and predicted places, also with exchanged exemplars."""
+    pretext, size, exemplar_size = open_pretext(model, device)
+    config = ViewConfig(context_size=size, exemplars=ExemplarConfig(count=EXEMPLARS, size=exemplar_size))
+    sources = torch.stack([square(_central(read_image(name)), 2 * size) for name in names])
+    uniforms = torch.rand(len(names), EXEMPLARS, views.DRAWS, generator=torch.Generator().manual_seed(0))
+    context, exemplars, maps = make_views(sources, uniforms, config)
+    place = next(pretext.parameters()).device
+    heat = pretext.locate(context.to(place), exemplars.to(place)).cpu()
+    other = pretext.locate(context.to(place), exemplars.roll(1, 0).to(place)).cpu() if len(names) > 1 else None
+    captions = [Path(name).name for name in names]
+    sheet = correlation_sheet(denormalise(context), denormalise(exemplars), maps, heat, captions)
+    return sheet, _iou(heat, maps), None if other is None else _iou(other, maps)
+
+
+def _iou(probabilities: Tensor, maps: Tensor) -> float:
+    """Mean intersection over union of (B, K, S, S) maps with what is above one half."""
+    predicted = probabilities > 0.5
+    union = (predicted | maps).sum(dim=(2, 3)).clamp_min(1)
+    return float(((predicted & maps).sum(dim=(2, 3)) / union).mean())
+
+
+def _sheet(
+    features: Tensor, queries: Sequence[int], names: Sequence[str], picture: Callable[[int], Image.Image]
+) -> Image.Image:
+    """The sheet of `neighbours.png`."""
+    found = _others(features, queries, NEIGHBOURS)
+    rows = [[picture(i) for i in (query, *(other for other, _ in row))] for query, row in zip(queries, found, strict=True)]
+    captions = [
+        [Path(names[query]).stem, *(f"{similarity:.2f} {Path(names[other]).stem}" for other, similarity in row)]
+        for query, row in zip(queries, found, strict=True)
+    ]
+    return neighbour_sheet(rows, captions)
+
+
+def _others(features: Tensor, queries: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+    """For each query, a row of `features`, the `count` nearest other rows and their similarities."""
+    rows = []
+    blocks = nearest(features[list(queries)], features, min(count + 1, len(features)))
+    for similarities, indices in blocks:
+        for row in zip(indices.tolist(), similarities.tolist(), strict=True):
+            query = queries[len(rows)]
+            rows.append([pair for pair in zip(*row, strict=True) if pair[0] != query][:count])
+    return rows
+
+
+def _tiles(image: Image.Image) -> list[Image.Image]:
+    """GRID × GRID parts of a picture that do not overlap, row by row."""
+    image.thumbnail((LARGEST, LARGEST))
+    width, height = (max(side, GRID) for side in image.size)
+    image = image.resize((width, height)) if image.size != (width, height) else image
+    x, y = ([round(i * side / GRID) for i in range(GRID + 1)] for side in (width, height))
+    return [image.crop((x[c], y[r], x[c + 1], y[r + 1])) for r in range(GRID) for c in range(GRID)]
+
+
+def _central(image: Image.Image) -> Image.Image:
+    """The central square of a picture."""
+    return ImageOps.fit(image, (min(image.size),) * 2)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices, evenly spread over `length`."""
+    return sorted({i * length // min(count, length) for i in range(min(count, length))})
+
+
+def _save(picture: Image.Image, path: Path) -> Path:
+    with replacing(path) as file:
+        picture.save(file, format="PNG")
+    return path

@@ -1,0 +1,1 @@
+"""Weights in and out: a name → a verified file → a model."""

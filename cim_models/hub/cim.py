@@ -1,0 +1,84 @@
+"""Every backbone, with its released tags, under its name in timm: `timm.create_model('cim_vit_tiny', pretrained=True)`.
+
+Importing this module registers them, as timm's module `cim`. Weights come verified from `load`, not from timm's loader.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.models import DefaultCfg, PretrainedCfg, is_model, model_entrypoint, register_model
+from torch import nn
+
+from ..backbones import ARCHITECTURES
+from ..backbones.resnet import RESNETS
+from .entry import Entry
+from .manifest import Manifest, load_manifest
+from .store import Weights
+
+__all__: list[str] = []  # register_model adds the names
+
+
+def pretrained_cfg(weights: Weights) -> PretrainedCfg:
+    """timm's description of weights: where they are, preprocessing, classes, licence."""
+    entry, (file, *_) = weights.entry, weights.files.get("backbone", ("",))
+    cfg = _cfg(weights.architecture, file=str(file) or None)
+    if weights.preprocessing is not None:
+        cfg |= vars(weights.preprocessing)
+    elif weights.model_args and "img_size" in weights.model_args:
+        size = weights.model_args["img_size"]
+        cfg["input_size"] = (3, *((size, size) if isinstance(size, int) else size))
+    if entry is not None:
+        cfg |= dict(tag=entry.tag, num_classes=entry.num_classes, license=entry.licence, description=entry.summary)
+    return PretrainedCfg(**cfg)
+
+
+def _cfg(name: str, **values: Any) -> dict[str, Any]:
+    """What timm wants to know of an architecture without weights."""
+    if name in RESNETS:
+        family = dict(first_conv="conv1", classifier="fc", pool_size=(7, 7))
+    else:
+        family = dict(first_conv="patch_embed.proj", classifier="head")
+    return dict(architecture=name, num_classes=0, crop_pct=0.9, **family, **values)
+
+
+def _released(entry: Entry, root: Path) -> Weights:
+    """An entry as it stands in the repository, not yet verified."""
+    files = {"backbone": tuple(root / file.path for file in entry.files if file.part == "backbone")}
+    return Weights(entry.id, entry.architecture, files, entry.model_args, entry.preprocessing, entry.pretext, entry)
+
+
+def _default_cfg(name: str, manifest: Manifest) -> DefaultCfg:
+    """The tags of an architecture, its default first."""
+    entries = [e for e in manifest.entries.values() if e.architecture == name and "backbone" in e.parts]
+    if not entries:
+        return DefaultCfg(deque([""]), {"": PretrainedCfg(**_cfg(name))})
+    first = manifest.default(name)
+    tags = deque([first.tag, *(entry.tag for entry in entries if entry is not first)])
+    cfgs = {entry.tag: pretrained_cfg(_released(entry, manifest.root)) for entry in entries}
+    return DefaultCfg(tags, cfgs, is_pretrained=True)
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        from .load import create_from_timm
+
+        return create_from_timm(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f"`cim_models.create_model({name!r}, …)` with the arguments that timm passes."
+    return entrypoint
+
+
+def _register(name: str) -> None:
+    with warnings.catch_warnings():
+        if is_model(name) and model_entrypoint(name).__module__ == __name__:
+            warnings.simplefilter("ignore")  # this module is being reloaded
+        register_model(_entrypoint(name))
+
+
+default_cfgs = {name: _default_cfg(name, manifest) for manifest in [load_manifest()] for name in ARCHITECTURES}
+for _name in ARCHITECTURES:
+    _register(_name)

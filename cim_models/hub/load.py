@@ -1,0 +1,257 @@
+"""Verified files → models.
+
+Names, shapes and dtypes of a file's header are compared with a model on the meta device before a tensor is read; the
+model then takes the file's tensors for its own. Nothing is random but a classifier that was asked for.
+"""
+
+import fnmatch
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform as timm_transform
+from timm.data import resolve_data_config
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from ..backbones import ARCHITECTURES, build
+from ..errors import ConfigError, WeightsError
+from ..pretext.model import CIM, PretextConfig
+from . import fit
+from .cim import pretrained_cfg
+from .entry import Part
+from .manifest import Manifest, load_manifest
+from .names import Name, close_to, parse_name
+from .store import Weights, resolve
+
+NOT_OF_A_MODEL = ("features_only", "out_indices", "feature_cls", "pretrained_cfg_overlay")
+"""Arguments of timm's builder that say nothing about the tensors."""
+POOLING = ("global_pool", "fc_norm")
+"""Arguments that move the final norm behind the pooling, or back."""
+PREFIXES = {"backbone": "online.", "target": "target.", "head": "head.", "pretext": ""}
+"""Where the tensors of each kind of file are in a `CIM`."""
+
+logger = logging.getLogger(__name__)
+
+
+def list_models(filter: str = "", pretrained: bool = False, manifest: Manifest | None = None) -> list[str]:
+    """Names that `create_model` knows.
+
+    Args:
+        filter: A pattern with wildcards, such as `cim_vit*`.
+        pretrained: Ids of released weights instead of architectures.
+        manifest: Another manifest than the package's.
+    """
+    names: Iterable[str] = (manifest or load_manifest()).entries if pretrained else ARCHITECTURES
+    pattern = filter or "*"
+    return [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.partition(".")[0], pattern)]
+
+
+def create_model(
+    name: str | Path,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    manifest: Manifest | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Creates an encoder: a timm model, which carries its `pretrained_cfg`.
+
+    Args:
+        name: An architecture (`cim_vit_tiny`: with `pretrained` its newest weights), an id (`cim_vit_tiny.tag`), or
+            `local-dir:PATH` or a path, which is always loaded.
+        pretrained: Load released weights; random ones otherwise.
+        weights: Load these instead: a release folder, a run directory, a safetensors file, or a name of weights.
+        num_classes: Classes of the classifier. Another number than that of the weights makes a new one, initialised
+            here; 0 none. By default what the weights have.
+        dtype: Of the parameters, whatever that of the file; float32 by default.
+        device: Where the model shall be.
+        manifest: Another manifest than the package's.
+        kwargs: Anything that timm's constructor or builder takes: `features_only`, `in_chans` and `img_size` (weights
+            are adapted by timm's rules), `drop_path_rate`, …
+
+    Returns:
+        The model, in training mode as timm's are.
+
+    Raises:
+        ConfigError: If there is no such architecture, or the arguments contradict each other.
+        WeightsError: If there are no such weights, they are damaged, or they do not fit; every mismatch is named.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    asked = _parse(name)
+    if pretrained or weights is not None or asked.source != "registry":
+        found = _resolve(name, weights, manifest)
+        model = _load_encoder(found, num_classes, dtype or torch.float32, kwargs)
+    else:
+        if asked.tag:
+            entry = (manifest or load_manifest()).find(asked.id)
+            described = Weights(entry.id, entry.architecture, {}, preprocessing=entry.preprocessing, entry=entry)
+            kwargs = {"pretrained_cfg": pretrained_cfg(described), **entry.model_args, **kwargs}
+        if num_classes is not None:
+            kwargs["num_classes"] = num_classes
+        model = build(asked.architecture, **kwargs).to(dtype=dtype)
+    if "img_size" in kwargs:
+        cfg: Any = model.pretrained_cfg
+        size = kwargs["img_size"]
+        cfg["input_size"] = (cfg["input_size"][0], *((size, size) if isinstance(size, int) else size))
+    return model.to(device=device)
+
+
+def create_pretext(
+    name: str | Path,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    manifest: Manifest | None = None,
+) -> CIM:
+    """Creates the encoder pair with its correlation head.
+
+    Where one encoder was released, it serves both sides: contexts and exemplars.
+
+    Args:
+        name: As for `create_model`.
+        pretrained: Off: a fresh model of an architecture, with the default configuration.
+        weights: As for `create_model`.
+        dtype: Of the parameters; float32 by default.
+        device: Where the model shall be.
+        manifest: Another manifest than the package's.
+
+    Raises:
+        ConfigError: As `create_model`.
+        WeightsError: As `create_model`, and if the weights have no correlation head.
+    """
+    asked = _parse(name)
+    if not pretrained and weights is None and asked.source == "registry":
+        if asked.tag:
+            raise ConfigError(f"{name} without pretrained=True: give the architecture, {asked.architecture}")
+        return CIM(build(asked.architecture)).to(device=device, dtype=dtype)
+    found = _resolve(name, weights, manifest, "pretext")
+    if found.pretext is None or not {"pretext", "head"} & found.files.keys():
+        raise WeightsError(f"{found.name} holds no correlation head: give a run directory or a release that has one")
+    parts = {part: prefix for part, prefix in PREFIXES.items() if part in found.files}
+    specs = {prefix + key: spec for part, prefix in parts.items() for key, spec in fit.specs_in(found, part).items()}
+    has_global = any(key.startswith("global_head.") for key in specs)
+    try:
+        config = PretextConfig(**found.pretext.config)
+    except TypeError as error:
+        raise WeightsError(f"{found.name}: its pretext configuration is of another version: {error}") from error
+    with torch.device("meta"):
+        args = {**(found.model_args or {}), "num_classes": 0, "pretrained_cfg": pretrained_cfg(found)}
+        cim = CIM(build(found.architecture, **args), replace(config, global_weight=float(has_global)))
+    cim.config = config
+    expected = fit.specs_of(cim.state_dict())
+    shared = {key: f"online.{key.removeprefix('target.')}" for key in expected if key.startswith("target.")}
+    shared = {key: online for key, online in shared.items() if key not in specs and online in specs}
+    fit.compare(found, specs | {key: specs[online] for key, online in shared.items()}, expected)
+    tensors = {prefix + key: value for part, prefix in parts.items() for key, value in fit.read(found, part).items()}
+    tensors |= {key: tensors[online].clone() for key, online in shared.items()}
+    fit.assign(cim, tensors, dtype or torch.float32)
+    return cim.to(device=device)
+
+
+def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Tensor]:
+    """The preprocessing that belongs to a model's weights: RGB picture → (3, H, W) float32, normalised.
+
+    Args:
+        model: A timm model or a `CIM`.
+        is_training: timm's random augmentation instead of the evaluation crop.
+        kwargs: Anything that `timm.data.create_transform` takes; `img_size` is short for a square `input_size`.
+    """
+    config = resolve_data_config(kwargs, model=getattr(model, "online", model))
+    kwargs.pop("img_size", None)
+    return timm_transform(**{**config, **kwargs}, is_training=is_training)
+
+
+def create_from_timm(
+    name: str,
+    pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    pretrained_model_args: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """`create_model` with the arguments that `timm.create_model` hands to an entry point.
+
+    A tag is one of the manifest. `file` of a configuration or an overlay, as timm's `local-dir:` gives it too, is a
+    file or folder of the user's. The other two arguments are of timm's own loader.
+    """
+    cfg = vars(pretrained_cfg) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    if isinstance(cfg, str):
+        name, cfg = f"{name}.{cfg}", None
+    given = {**(cfg or {}), **(pretrained_cfg_overlay or {})}
+    if pretrained and not given.get("file") and any(given.get(key) for key in ("url", "hf_hub_id", "state_dict")):
+        raise WeightsError(f"{name}: this version loads neither a url nor a Hub id nor a dictionary: give a file")
+    if pretrained and given.get("file"):
+        kwargs["weights"], name = given["file"], name.partition(".")[0]
+    return create_model(name, pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
+
+
+def _parse(name: str | Path) -> Name:
+    """A name whose architecture, if it says one, exists."""
+    asked = parse_name(name, ARCHITECTURES)
+    if asked.source == "registry" and asked.architecture not in ARCHITECTURES:
+        hint = close_to(asked.architecture, ARCHITECTURES)
+        raise ConfigError(f"no architecture is named {asked.architecture!r}{hint}")
+    return asked
+
+
+def _resolve(
+    name: str | Path, weights: str | Path | None, manifest: Manifest | None, part: Part = "backbone"
+) -> Weights:
+    """Verified files of one of our architectures."""
+    found = resolve(name, weights, manifest, part)
+    if found.architecture not in ARCHITECTURES:
+        raise WeightsError(f"{found.name} holds weights of {found.architecture}, which is not of this package")
+    if found.entry is not None:
+        logger.info("%s: licence %s", found.name, found.entry.licence)
+    return found
+
+
+def _load_encoder(found: Weights, num_classes: int | None, dtype: torch.dtype, kwargs: dict[str, Any]) -> nn.Module:
+    """An encoder with the tensors of `found`, adapted to what the caller asked for, on the CPU."""
+    if "backbone" not in found.files:
+        raise WeightsError(f"{found.name} has no encoder alone: take create_pretext(…).online or .target")
+    cfg = pretrained_cfg(found)
+    header = fit.specs_in(found, "backbone")
+    held = header[f"{cfg.classifier}.weight"][0][0] if f"{cfg.classifier}.weight" in header else 0
+    wanted = held if num_classes is None else num_classes
+    described = found.model_args
+    if described is None:  # the file does not say, so it is what the caller says
+        described = {key: value for key, value in kwargs.items() if key not in NOT_OF_A_MODEL}
+    source_args = {**described, "pretrained_cfg": cfg, "num_classes": held}
+    with torch.device("meta"):
+        source = model = build(found.architecture, **source_args)
+        fit.compare(found, header, fit.specs_of(source.state_dict()))
+        if kwargs or wanted != held:
+            args = {"pretrained_model_args": dict(described), **source_args, **kwargs, "num_classes": wanted}
+            model = build(found.architecture, **args)
+
+    prefix = next((p for p in ("model.", "body.") if all(key.startswith(p) for key in model.state_dict())), "")
+    inner = model.get_submodule(prefix.rstrip("."))  # timm's feature extractors hold a model, or are its layers
+    expected = inner.state_dict()
+    tensors = fit.read(found, "backbone")
+    changed = {str(cfg.classifier)} if wanted != held else set()
+    changed |= {"norm", "fc_norm"} if any(key in kwargs for key in POOLING) else set()
+    tensors = {key: value for key, value in tensors.items() if wanted == held or _root(key) != cfg.classifier}
+    for name in sorted({_root(key) for key in expected if key not in tensors} & changed):
+        fresh = fit.initialise(inner.get_submodule(name))
+        tensors |= {f"{name}.{key}": value for key, value in fresh.items()}
+        logger.info("%s: %s is new and random", found.name, name)
+    for key in [key for key in tensors if key not in expected]:
+        if kwargs.get("features_only") or _root(key) in changed:
+            del tensors[key]
+    fit.assign(inner, fit.adapt(found, tensors, inner, str(cfg.first_conv)), dtype)
+    return model
+
+
+def _root(key: str) -> str:
+    return key.partition(".")[0]

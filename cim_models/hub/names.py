@@ -1,0 +1,75 @@
+"""How weights are called: one parser of names, whose error offers the spellings that were probably meant."""
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name of weights, taken apart."""
+
+    source: Literal["registry", "hf-hub", "path"]
+    location: str
+    """`org/name` or a path; empty for the registry."""
+    architecture: str = ""
+    tag: str = ""
+    revision: str = ""
+
+    @property
+    def id(self) -> str:
+        """`architecture.tag`, or the architecture alone."""
+        return f"{self.architecture}.{self.tag}" if self.tag else self.architecture
+
+
+def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
+    """Takes a name apart.
+
+    Args:
+        name: `arch`, `arch.tag`, `arch.tag@revision`, `hf-hub:org/name[@revision]`, `local-dir:PATH`, or a path: a
+            `Path`, or text that begins with `.`, `~` or `/`, ends in `.safetensors`, or has slashes and exists.
+        known: Names to offer.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    text = os.fspath(name)
+    scheme, colon, rest = text.partition(":")
+    if colon and re.fullmatch(r"[A-Za-z][\w+-]+", scheme) and not isinstance(name, Path):
+        if scheme == "local-dir" and rest:
+            return Name("path", rest)
+        hub = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", rest)
+        if scheme == "hf-hub" and hub:
+            return Name("hf-hub", hub[1], revision=hub[2] or "")
+        if scheme in ("hf-hub", "local-dir"):
+            form = "hf-hub:org/name[@revision]" if scheme == "hf-hub" else "local-dir:PATH"
+            raise ConfigError(f"{text!r} is not of the form {form}")
+        close = difflib.get_close_matches(scheme.lower(), ("hf-hub", "local-dir"), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}:{rest}?" if close else "there are hf-hub:org/name and local-dir:PATH"
+        raise ConfigError(f"{text!r} begins with an unknown source {scheme!r}: {hint}")
+    slashed = "/" in text or "\\" in text
+    if isinstance(name, Path) or text.startswith((".", "~", "/", "\\")) or text.endswith(".safetensors"):
+        return Name("path", text)
+    if slashed and (Path(text).exists() or re.match(r"[A-Za-z]:", text)):
+        return Name("path", text)
+    registry = re.fullmatch(r"(\w+)(?:\.([\w.-]*\w))?(?:@([\w./-]+))?", text)
+    if slashed and not registry:
+        raise ConfigError(f"{text!r} is not a path that exists: did you mean hf-hub:{text} or local-dir:{text}?")
+    if not registry:
+        raise ConfigError(f"{text!r} is not a name like arch, arch.tag or arch.tag@revision{close_to(text, known)}")
+    return Name("registry", "", registry[1], registry[2] or "", registry[3] or "")
+
+
+def close_to(text: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what was probably meant, or all that there is."""
+    known = list(known)
+    close = difflib.get_close_matches(text.lower().replace("-", "_"), known, n=3)
+    if close:
+        return f": did you mean {' or '.join(close)}?"
+    return f": there are {', '.join(known)}" if known else ": there are none yet"

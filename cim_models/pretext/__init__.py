@@ -1,0 +1,1 @@
+"""The method: pure tensors, no files, no loops, no processes."""

@@ -1,0 +1,141 @@
+"""Colour transformations of exemplars, a whole batch at once.
+
+Each agrees with torchvision's functional form; which exemplars take it, and how strongly, comes from uniform numbers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DRAWS = 9
+"""Uniform numbers that one exemplar uses."""
+BLUR_REACH = 6
+"""Pixels that the blur reads to each side: three deviations of the strongest."""
+
+
+@dataclass
+class ColourConfig:
+    """Probabilities and strengths; the defaults are those of the released recipe."""
+
+    jitter: float = 0.8
+    """Probability of brightness, contrast, saturation and hue jitter, in that order."""
+    brightness: float = 0.4
+    """Greatest relative change of brightness."""
+    contrast: float = 0.4
+    """Greatest relative change of contrast."""
+    saturation: float = 0.2
+    """Greatest relative change of saturation."""
+    hue: float = 0.1
+    """Greatest turn of the hue, in turns."""
+    grey: float = 0.2
+    """Probability that colour is removed."""
+    blur: float = 0.5
+    """Probability of a Gaussian blur."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Least and greatest deviation of the blur, in exemplar pixels."""
+    solarise: float = 0.2
+    """Probability that bright values are inverted."""
+
+    @classmethod
+    def off(cls) -> "ColourConfig":
+        """No colour transformation at all."""
+        return cls(jitter=0.0, grey=0.0, blur=0.0, solarise=0.0)
+
+
+def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tensor:
+    """Jitter, grey, blur and solarisation, each with its probability.
+
+    Args:
+        exemplars: (B, K, 3, T, T) in [0, 1].
+        uniforms: (B, K, DRAWS) in [0, 1).
+        config: Probabilities and strengths.
+
+    Returns:
+        (B, K, 3, T, T) in [0, 1].
+    """
+    x = exemplars.flatten(0, 1)
+    jitter, bright, contrast, saturation, hue, grey, blur, sigma, solar = uniforms.flatten(0, 1).unbind(-1)
+    jitter = jitter < config.jitter
+
+    def factor(draws: Tensor, strength: float) -> Tensor:
+        return torch.where(jitter, 1 + strength * (2 * draws - 1), 1.0)
+
+    if config.jitter > 0:
+        x = adjust_brightness(x, factor(bright, config.brightness))
+        x = adjust_contrast(x, factor(contrast, config.contrast))
+        x = adjust_saturation(x, factor(saturation, config.saturation))
+        x = adjust_hue(x, torch.where(jitter, config.hue * (2 * hue - 1), 0.0))
+    if config.grey > 0:
+        x = adjust_saturation(x, torch.where(grey < config.grey, 0.0, 1.0))
+    if config.blur > 0:
+        deviation = torch.lerp(*sigma.new_tensor(config.sigma), sigma)
+        x = torch.lerp(x, gaussian_blur(x, deviation), _each(blur < config.blur).to(x.dtype))
+    if config.solarise > 0:
+        x = solarise(x, solar < config.solarise)
+    return x.view_as(exemplars)
+
+
+def _each(values: Tensor) -> Tensor:
+    """(N,) → (N, 1, 1, 1)."""
+    return values.view(-1, 1, 1, 1)
+
+
+def greyscale(x: Tensor) -> Tensor:
+    """Luma (N, 1, H, W) of (N, 3, H, W)."""
+    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]).unsqueeze(1)
+
+
+def adjust_brightness(x: Tensor, factors: Tensor) -> Tensor:
+    """Scales (N, 3, H, W) by (N,)."""
+    return (x * _each(factors)).clamp_(0, 1)
+
+
+def adjust_contrast(x: Tensor, factors: Tensor) -> Tensor:
+    """Scales the difference from the mean luma of each picture."""
+    return torch.lerp(greyscale(x).mean(dim=(1, 2, 3), keepdim=True), x, _each(factors)).clamp_(0, 1)
+
+
+def adjust_saturation(x: Tensor, factors: Tensor) -> Tensor:
+    """Scales the difference from the luma of each pixel."""
+    return torch.lerp(greyscale(x), x, _each(factors)).clamp_(0, 1)
+
+
+def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns the hue of (N, 3, H, W) by (N,) turns, keeping value and chroma.
+
+    A channel of an HSV colour is value − chroma · ramp, where the ramp is a trapezium around the opposite hue.
+    """
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    sixths = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    hue = sixths / (6 * chroma.clamp_min(1e-8)) + turns.view(-1, 1, 1)
+    distance = hue[:, None] - x.new_tensor([1 / 2, 5 / 6, 1 / 6]).view(1, 3, 1, 1)
+    ramp = distance.sub_(distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1).clamp_(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
+    """Blurs (N, 3, H, W) by (N,) deviations in pixels, edges reflected; two small matrix products per picture."""
+    rows, columns = (_blur_matrices(n, sigmas.to(x.dtype)) for n in x.shape[2:])
+    across = (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
+    return (rows[:, None] @ across).clamp_(0, 1)
+
+
+def _blur_matrices(size: int, sigmas: Tensor) -> Tensor:
+    """(N, size, size): row i holds the weights with which pixel i reads its line."""
+    reach = min(BLUR_REACH, size - 1)
+    offsets = torch.arange(-reach, reach + 1, device=sigmas.device)
+    kernels = torch.softmax(-0.5 * (offsets / sigmas[:, None]) ** 2, dim=-1)
+    source = torch.arange(size, device=sigmas.device)[:, None] + offsets
+    source = source.abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)
+    reads = F.one_hot(source, size).to(kernels.dtype)
+    return torch.einsum("no,ios->nis", kernels, reads)
+
+
+def solarise(x: Tensor, chosen: Tensor) -> Tensor:
+    """Inverts the values from 0.5 on of the pictures of (N, 3, H, W) in [0, 1] that (N,) bool chooses."""
+    return torch.minimum(x, _each(torch.where(chosen, 1.0, 2.0)) - x)

@@ -1,0 +1,121 @@
+"""What a run keeps: `last.pt` to go on from, and its encoders as safetensors."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from cim_models.errors import CheckpointError
+from cim_models.pretext.model import CIM
+from cim_models.pretraining.config import PretrainConfig, to_dict
+
+NOT_COMPARED = ("out", "resume", "log_every", "save_every", "tensorboard", "data.workers", "data.path")
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file beside `path`, flushes it to disk and renames it: `path` is the old file or the whole new one.
+
+    Raises:
+        CheckpointError: If it cannot be written; what was there before is kept.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be written, is the disk full? {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def save(
+    directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, step: int, steps: int, config: PretrainConfig
+) -> None:
+    """Writes `last.pt`: plain data that `torch.load(weights_only=True)` reads."""
+    state = {
+        "format": 1,
+        "step": step,
+        "steps": steps,
+        "model": cim.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "config": to_dict(config),
+    }
+    replace_file(directory / "last.pt", lambda path: torch.save(state, path))
+
+
+def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int, config: PretrainConfig) -> int:
+    """Restores a run from `last.pt`.
+
+    Returns:
+        Steps done, of `steps`.
+
+    Raises:
+        CheckpointError: If there is none, it cannot be read, or it is of another run.
+    """
+    path = directory / "last.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no checkpoint to resume; leave --resume out to start a run here")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step, total = state["config"], state["step"], state.get("steps", steps)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: {error}") from error
+    now, before = _flat(to_dict(config)), _flat(saved)
+    differences = [
+        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
+        for name in sorted(now.keys() | before.keys())
+        if name not in NOT_COMPARED and now.get(name) != before.get(name)
+    ]
+    if differences:
+        raise CheckpointError(f"{path} is of another configuration: {'; '.join(differences)}")
+    if total != steps:
+        raise CheckpointError(
+            f"{path} is of a run of {total} steps, now there would be {steps}: the images or the number of processes "
+            "are not the same"
+        )
+    try:
+        cim.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: does not fit the model of its own configuration: {error}") from error
+    return step
+
+
+def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_seen: int) -> None:
+    """Writes the bare encoders (timm's key names) and the correlation head as safetensors."""
+    model_args = {} if config.model.startswith("cim_resnet") else {"img_size": config.backbone.img_size}
+    metadata = {
+        "format": "pt",
+        "architecture": config.model,
+        "model_args": json.dumps(model_args),
+        "pretext": json.dumps(asdict(cim.config)),
+        "step": str(step),
+        "images_seen": str(images_seen),
+    }
+    parts: dict[str, nn.Module | None] = {"online": cim.online, "target": cim.target, "head": cim.head}
+    for name, module in parts.items():
+        if module is not None:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            replace_file(directory / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,35 @@
+"""A run directory with small random encoders and their head: everything that evaluation asks of weights."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cim_models.backbones import build
+from cim_models.pretext.model import CIM, PretextConfig
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a run directory that hold weights: `cim_vit_tiny` with two blocks, for images of 64 pixels."""
+    folder = tmp_path_factory.mktemp("run")
+    model_args, config = {"depth": 2, "img_size": 64}, PretextConfig(head_width=64, head_heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        cim = CIM(build("cim_vit_tiny", **model_args), config)
+        torch.nn.init.normal_(cim.head.predict.weight)
+        for parameter in cim.target.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    metadata = {
+        "architecture": "cim_vit_tiny",
+        "model_args": json.dumps(model_args),
+        "pretext": json.dumps(dataclasses.asdict(config)),
+        "step": "0",
+        "images_seen": "0",
+    }
+    for name in ("online", "target", "head"):
+        save_file(getattr(cim, name).state_dict(), folder / f"{name}.safetensors", metadata)
+    return folder
