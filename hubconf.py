@@ -1,7 +1,7 @@
 """Entry points for torch.hub: one per backbone, and the pretext model.
 
-    torch.hub.load("OWNER/NAME:TAG", "cim_vit_tiny", pretrained=True, trust_repo=True, skip_validation=True)
-    torch.hub.load("FOLDER", "cim_vit_tiny", pretrained=True, source="local")
+torch.hub.load("OWNER/NAME:TAG", "cim_vit_tiny", pretrained=True, trust_repo=True, skip_validation=True)
+torch.hub.load("FOLDER", "cim_vit_tiny", pretrained=True, source="local")
 """
 
 from pathlib import Path as _Path

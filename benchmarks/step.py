@@ -90,7 +90,7 @@ def training_step(
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = (forward or model)(*inputs)
+            output = (model if forward is None else forward)(*inputs)
         loss = output if isinstance(output, Tensor) else output.loss
         loss.backward()
         optimiser.step()

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from . import __version__
@@ -92,14 +91,20 @@ def _call(name: str, arguments: list[str]) -> Any:
 
     Positional arguments are a function's positional-only ones, or, if it has none, those without a default.
     """
-    import tyro
-
     module, _, function = COMMANDS[name][0].partition(":")
     target = getattr(importlib.import_module(module), function)
     if name == "pretrain":
         return target(_parse_run(arguments))
-    kinds = [parameter.kind for parameter in inspect.signature(target).parameters.values()]
-    config = () if inspect.Parameter.POSITIONAL_ONLY in kinds else (tyro.conf.PositionalRequiredArgs,)
+    parameters = inspect.signature(target).parameters.values()
+    if not parameters and not arguments:
+        return target()  # `cim list` does not wait for the parser
+
+    import tyro
+
+    conf = tyro.conf
+    config = [conf.PositionalMetavarFromFieldName, conf.DisallowNone, conf.FlagCreatePairsOff]
+    if inspect.Parameter.POSITIONAL_ONLY not in [parameter.kind for parameter in parameters]:
+        config.append(conf.PositionalRequiredArgs)
     return tyro.cli(target, prog=f"cim {name}", args=arguments, config=config)
 
 
@@ -116,7 +121,7 @@ def _parse_run(arguments: list[str]) -> "PretrainConfig":
     known = f"What differs from the defaults: {', '.join(recipes())}, or a YAML file."
 
     def pretrain(
-        data: Annotated[str, tyro.conf.arg(metavar="DATA")],
+        data: str,
         /,
         recipe: Annotated[str, tyro.conf.arg(help=known)],
         config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = start,
@@ -129,7 +134,8 @@ def _parse_run(arguments: list[str]) -> "PretrainConfig":
         config.data.path = data
         return config
 
-    return tyro.cli(pretrain, prog="cim pretrain", args=arguments)
+    config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(pretrain, prog="cim pretrain", args=arguments, config=config)
 
 
 def verify(names: tuple[str, ...] = (), /) -> list[str]:

@@ -6,7 +6,6 @@ Registering the names in timm, with their released weights, is the hub's part (`
 import difflib
 from typing import Any
 
-from torch import nn
 
 from cim_models.backbones.resnet import RESNETS, build_resnet
 from cim_models.backbones.vit import VITS, VisionTransformer, build_vit
@@ -17,7 +16,7 @@ __all__ = ["ARCHITECTURES", "VisionTransformer", "build"]
 ARCHITECTURES: tuple[str, ...] = (*VITS, *RESNETS)
 
 
-def build(name: str, **kwargs: Any) -> nn.Module:
+def build(name: str, **kwargs: Any) -> Any:
     """Builds a backbone with random weights.
 
     Args:

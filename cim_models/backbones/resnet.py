@@ -4,7 +4,6 @@ from typing import Any
 
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
 
 RESNETS: dict[str, dict[str, Any]] = {
     "cim_resnet18": dict(block=BasicBlock, layers=(2, 2, 2, 2)),
@@ -14,7 +13,7 @@ RESNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_resnet(name: str, **kwargs: Any) -> nn.Module:
+def build_resnet(name: str, **kwargs: Any) -> Any:
     """Builds one of `RESNETS`; see `cim_models.backbones.build`."""
     default_cfg = PretrainedCfg(
         architecture=name, num_classes=0, first_conv="conv1", classifier="fc", pool_size=(7, 7), crop_pct=0.9

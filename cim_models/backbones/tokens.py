@@ -1,13 +1,16 @@
 """One interface over both families of encoder: images → (class or mean token, patch tokens, grid)."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
-from torch import Tensor, nn
+from timm.models.resnet import ResNet
+from torch import Tensor
 
 from cim_models.backbones.vit import VisionTransformer
+
+Encoder: TypeAlias = VisionTransformer | ResNet
 
 
 class Tokens(NamedTuple):
@@ -28,25 +31,27 @@ class Tokens(NamedTuple):
         return torch.cat([self.prefix, self.patches], dim=1)
 
 
-def encode(encoder: nn.Module, images: Tensor, pos_embed: Tensor | None = None) -> Tokens:
+def encode(encoder: Encoder, images: Tensor, pos_embed: Tensor | None = None) -> Tokens:
     """Runs an encoder to its final norm.
 
     Args:
-        encoder: A timm `VisionTransformer` or a network whose `forward_features` gives (B, D, h, w).
+        encoder: A backbone of this package.
         images: (B, 3, H, W), normalised.
         pos_embed: (1, 1 + h·w, D) in place of timm's resampling of the encoder's own; vision transformers only.
     """
     if not isinstance(encoder, VisionTransformer):
         features = encoder.forward_features(images)
         patches = features.flatten(2).transpose(1, 2)
-        return Tokens(patches.mean(dim=1), patches, tuple(features.shape[2:]), patches[:, :0])
+        return Tokens(patches.mean(dim=1), patches, (features.shape[2], features.shape[3]), patches[:, :0])
 
     x = encoder.patch_embed(images)
     grid = (x.shape[1], x.shape[2]) if x.ndim == 4 else encoder.patch_embed.grid_size
     if pos_embed is None:
         x = encoder._pos_embed(x)
     else:
-        x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x.reshape(len(x), -1, x.shape[-1])], dim=1)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        if encoder.cls_token is not None:
+            x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = encoder.pos_drop(x + pos_embed)
     x = encoder.norm_pre(x)
     if encoder.grad_checkpointing and encoder.training:

@@ -48,14 +48,14 @@ class VisionTransformer(TimmVisionTransformer):
         nn.init.zeros_(projection.bias)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)
-        self.pos_embed.requires_grad_(False)
-        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        with torch.no_grad():
-            self.pos_embed[:, :prefix] = 0
-            self.pos_embed[0, prefix:] = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
+        if self.pos_embed is not None:
+            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            embed = self.pos_embed.requires_grad_(False)
+            embed[:, :prefix] = 0
+            embed[0, prefix:] = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
 
 
-def build_vit(name: str, **kwargs: Any) -> nn.Module:
+def build_vit(name: str, **kwargs: Any) -> Any:
     """Builds one of `VITS`; see `cim_models.backbones.build`.
 
     Features are the mean of the patch tokens after the final norm: CIM trains patch tokens, and nothing ever asks the

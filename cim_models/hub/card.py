@@ -83,7 +83,7 @@ def snippet(entry: Entry) -> str:
 
 
 def models_table(manifest: Manifest) -> str:
-    """README's table of models, in Markdown."""
+    """README's table of models, in Markdown; empty without any."""
     rows = [("name", "parameters", "download", "input", "trained on", "measured", "licence")]
     for entry in manifest.entries.values():
         rows.append(
@@ -97,7 +97,7 @@ def models_table(manifest: Manifest) -> str:
                 entry.licence,
             )
         )
-    return _table(rows) if len(rows) > 1 else "None is released yet."
+    return _table(rows) + "\n" if len(rows) > 1 else ""
 
 
 def readme_with_table(text: str, manifest: Manifest) -> str:
@@ -106,7 +106,7 @@ def readme_with_table(text: str, manifest: Manifest) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ConfigError(f"README.md: the lines {BEGIN} and {END}, which enclose the table of models, are missing")
-    return f"{before}{begin}\n{models_table(manifest)}\n{end}{after}"
+    return f"{before}{begin}\n{models_table(manifest)}{end}{after}"
 
 
 def update_readme(manifest: Manifest) -> Path | None:

@@ -145,7 +145,7 @@ def _write_config(folder: Path, entry: Entry) -> None:
             "global_pool": model_args.get("global_pool", "avg"),
             "model_args": model_args,
             "pretrained_cfg": {key: value for key, value in cfg.items() if key != "architecture"}
-            | {"fixed_input_size": True},
+            | {"fixed_input_size": isinstance(model, VisionTransformer)},
         }
     config["cim_models"] = to_dict(entry)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

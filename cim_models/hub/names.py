@@ -69,7 +69,7 @@ def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
 def close_to(text: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, or all that there is."""
     known = list(known)
-    close = difflib.get_close_matches(text.lower().replace("-", "_"), known, n=3)
+    close = difflib.get_close_matches(text.lower().replace("-", "_"), known, n=3, cutoff=0.75)
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": there are {', '.join(known)}" if known else ": there are none yet"

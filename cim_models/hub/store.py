@@ -225,15 +225,14 @@ def _from_folder(folder: Path) -> Weights:
     except ConfigError as error:
         raise WeightsError(str(error)) from error
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
-    cfg = config.get("pretrained_cfg", {})
-    names = [field.name for field in fields(Preprocessing)]
-    whole = all(name in cfg for name in names)
+    cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
+    cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
     return Weights(
         name=str(folder),
         architecture=str(config.get("architecture")),
         files={"backbone": (folder / "model.safetensors",)},
         model_args=model_args,
-        preprocessing=Preprocessing(**{name: cfg[name] for name in names}) if whole else None,
+        preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,
     )
 
 
@@ -246,8 +245,8 @@ def _from_file(path: Path, architecture: str) -> Weights:
     try:
         model_args = json.loads(metadata["model_args"]) if "model_args" in metadata else None
         config = json.loads(metadata["pretext"]) if "pretext" in metadata else None
+        views = json.loads(metadata.get("views", "{}"))
     except ValueError as error:
         raise WeightsError(f"{path}: metadata that is not JSON: {error}") from error
-    context_size = (model_args or {}).get("img_size", 224)
-    pretext = None if config is None else Pretext(config, context_size, exemplar_size=64)
+    pretext = None if config is None or not views else Pretext(config, views["context_size"], views["exemplars"]["size"])
     return Weights(str(path), architecture, {"backbone": (path,)}, model_args, pretext=pretext)

@@ -70,7 +70,7 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
     if config.grey > 0:
         x = adjust_saturation(x, torch.where(grey < config.grey, 0.0, 1.0))
     if config.blur > 0:
-        deviation = torch.lerp(*sigma.new_tensor(config.sigma), sigma)
+        deviation = config.sigma[0] + (config.sigma[1] - config.sigma[0]) * sigma
         x = torch.lerp(x, gaussian_blur(x, deviation), _each(blur < config.blur).to(x.dtype))
     if config.solarise > 0:
         x = solarise(x, solar < config.solarise)

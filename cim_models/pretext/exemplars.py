@@ -71,9 +71,10 @@ def draw_rectangles(uniforms: Tensor, height: int, width: int, config: ExemplarC
     """
     flip = uniforms[..., -1] < config.flip
     area, ratio, angle, x, y = uniforms[..., :-1].unflatten(-1, (CANDIDATES, 5)).unbind(-1)
-    area = torch.lerp(*area.new_tensor(config.area), area) * (height * width)
-    ratio = torch.lerp(*ratio.new_tensor(config.ratio).log(), ratio).exp()
-    angle = torch.lerp(*angle.new_tensor(config.angle).deg2rad(), angle)
+    (least, most), (narrow, wide), (left, right) = config.area, config.ratio, config.angle
+    area = (least + (most - least) * area) * (height * width)
+    ratio = narrow * (wide / narrow) ** ratio
+    angle = torch.deg2rad(left + (right - left) * angle)
 
     half = 0.5 * torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)
     cos, sin = angle.cos().abs(), angle.sin().abs()
@@ -108,7 +109,6 @@ def crop(source: Tensor, rectangles: Rectangles, size: int) -> Tensor:
     Returns:
         (B, K, C, T, T).
     """
-    count = rectangles.angle.shape[1]
     atlas, corners, sizes = _pyramid(source, levels=_deepest_level(source, size))
     shrink = 2 * rectangles.half.prod(dim=-1).sqrt() / size
     level = ((shrink / SHRINK).log2().floor().long() + 1).clamp(0, len(sizes) - 1)
@@ -135,7 +135,7 @@ def _frame(rectangles: Rectangles) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lattice(centre: Tensor, u: Tensor, v: Tensor, size: int) -> Tensor:
-    """centre + s · u + t · v over the T × T pixel centres (s, t): (B, K, T, T, 2), stored as one plane per coordinate."""
+    """centre + s · u + t · v over the T × T pixel centres (s, t): (B, K, T, T, 2), one plane per coordinate."""
     steps = (torch.arange(size, device=centre.device) + 0.5) * (2 / size) - 1
     centre, u, v = (x.transpose(1, 2)[..., None] for x in (centre, u, v))
     across, down = u * steps, centre + v * steps

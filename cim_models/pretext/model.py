@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cim_models.backbones.tokens import Tokens, encode, resample_pos_embed
+from cim_models.backbones.tokens import Encoder, Tokens, encode, resample_pos_embed
 from cim_models.backbones.vit import VisionTransformer
 from cim_models.errors import ConfigError
 from cim_models.pretext.correlation import CorrelationHead, CosineHead, GlobalHead, info_nce
@@ -73,10 +73,10 @@ class CIM(nn.Module):
         config: Heads, losses and ablations.
     """
 
-    def __init__(self, backbone: nn.Module, config: PretextConfig | None = None) -> None:
+    def __init__(self, backbone: Encoder, config: PretextConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or PretextConfig()
-        dim = backbone.num_features
+        dim = int(backbone.num_features)
         self.online = backbone
         self.target = copy.deepcopy(backbone).requires_grad_(False) if config.moving_average else None
         if config.head == "cross_attention":
@@ -93,7 +93,8 @@ class CIM(nn.Module):
             raise ConfigError(f"reduction {config.reduction!r} is neither 'mean' nor 'sum'")
         if config.freeze_patch_embed and isinstance(backbone, VisionTransformer):
             backbone.patch_embed.requires_grad_(False)
-        self.global_head = self.global_target = None
+        self.global_head: GlobalHead | None = None
+        self.global_target: nn.Module | None = None
         if config.global_weight:
             self.global_head = GlobalHead(dim, config.global_hidden)
             self.global_target = copy.deepcopy(self.global_head.projector).requires_grad_(False)
@@ -101,7 +102,7 @@ class CIM(nn.Module):
         self._pos_embeds: dict[tuple[int, int, torch.device], Tensor] = {}
 
     @property
-    def context_encoder(self) -> nn.Module:
+    def context_encoder(self) -> Encoder:
         """The encoder of contexts: the target, or the online encoder where there is no moving average."""
         return self.online if self.target is None else self.target
 
@@ -120,7 +121,7 @@ class CIM(nn.Module):
         per_image = exemplars.shape[1] if self.config.reduction == "sum" else 1
         correlation_loss = correlation_loss * per_image
         global_loss = torch.zeros_like(correlation_loss)
-        if self.global_head is not None:
+        if self.global_head is not None and self.global_target is not None:
             with torch.no_grad():
                 contexts, first = self.gather(self.global_target(tokens.summary))
             losses = info_nce(self.global_head(summaries), contexts, first, self.config.global_temperature)
@@ -158,21 +159,23 @@ class CIM(nn.Module):
         """target ← momentum · target + (1 − momentum) · online, over parameters; buffers stay the target's own."""
         target = self.target
         pairs = [] if target is None else list(zip(target.parameters(), self.online.parameters(), strict=True))
-        if self.global_head is not None:
+        if self.global_head is not None and self.global_target is not None:
             pairs += zip(self.global_target.parameters(), self.global_head.projector.parameters(), strict=True)
         if not pairs:
             return
         targets, onlines = zip(*pairs, strict=True)
         torch._foreach_lerp_(targets, onlines, 1 - momentum)
-        if self.config.share_class_token and isinstance(target, VisionTransformer):
-            target.cls_token.copy_(self.online.cls_token)
+        if self.config.share_class_token:
+            ours, theirs = (getattr(encoder, "cls_token", None) for encoder in (target, self.online))
+            if ours is not None and theirs is not None:
+                ours.copy_(theirs)
 
     def pos_embed(self, images: Tensor) -> Tensor | None:
         """Position embedding for images of this size by the released rule, computed once per size; None for ResNets.
 
         It is fixed, hence the same for both encoders.
         """
-        if not isinstance(self.online, VisionTransformer):
+        if not isinstance(self.online, VisionTransformer) or self.online.pos_embed is None:
             return None
         patch = self.online.patch_embed
         grid = (images.shape[-2] // patch.patch_size[0], images.shape[-1] // patch.patch_size[1])

@@ -13,6 +13,8 @@ from cim_models.pretext.exemplars import ExemplarConfig
 
 DRAWS = exemplars.DRAWS + colour.DRAWS
 """Uniform numbers that one exemplar uses."""
+CHUNK = 16
+"""Sources that a CPU handles at once: more do not stay in its caches."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,6 +47,9 @@ def make_views(source: Tensor, uniforms: Tensor, config: ViewConfig) -> Views:
         uniforms: (B, K, DRAWS) in [0, 1).
         config: What to make.
     """
+    if source.device.type == "cpu" and len(source) > CHUNK:
+        chunks = zip(source.split(CHUNK), uniforms.split(CHUNK), strict=True)
+        return Views(*map(torch.cat, zip(*(make_views(*chunk, config) for chunk in chunks), strict=True)))
     if not source.is_floating_point():
         source = source.float() / 255
     height, width = source.shape[2:]
@@ -59,7 +64,7 @@ def make_views(source: Tensor, uniforms: Tensor, config: ViewConfig) -> Views:
 
 def normalise(images: Tensor) -> Tensor:
     """(…, 3, H, W) in [0, 1] → zero mean and unit deviation over ImageNet."""
-    return (images - _channels(MEAN, images)) / _channels(DEVIATION, images)
+    return (images - _channels(MEAN, images)).div_(_channels(DEVIATION, images))
 
 
 def denormalise(images: Tensor) -> Tensor:

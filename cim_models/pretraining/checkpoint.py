@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -71,6 +72,9 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
     if not path.is_file():
         raise CheckpointError(f"{path}: no checkpoint to resume; leave --resume out to start a run here")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it wrote
+            if wrong := archive.testzip():
+                raise ValueError(f"wrong checksum of {wrong}")
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, step, total = state["config"], state["step"], state.get("steps", steps)
     except Exception as error:
@@ -104,6 +108,7 @@ def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_
         "architecture": config.model,
         "model_args": json.dumps(model_args),
         "pretext": json.dumps(asdict(cim.config)),
+        "views": json.dumps(asdict(config.views)),
         "step": str(step),
         "images_seen": str(images_seen),
     }

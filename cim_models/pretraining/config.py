@@ -221,5 +221,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     else:
         fits = type(value) is kind
     if not fits:
-        raise ConfigError(f"{where}: {value!r} is not {getattr(kind, '__name__', None) or kind}")
+        name = f"one of {', '.join(options)}" if origin is Literal else str(kind) if options else kind.__name__
+        raise ConfigError(f"{where}: {value!r} is not {name}")
     return value

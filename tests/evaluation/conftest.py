@@ -27,6 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "architecture": "cim_vit_tiny",
         "model_args": json.dumps(model_args),
         "pretext": json.dumps(dataclasses.asdict(config)),
+        "views": json.dumps({"context_size": 64, "exemplars": {"size": 32}}),
         "step": "0",
         "images_seen": "0",
     }

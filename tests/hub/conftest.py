@@ -135,16 +135,18 @@ def plain_copy(tmp_path_factory) -> Path:
 
 
 def in_python(code: str, *path: Path, cwd: Path, **environment: str) -> str:
-    """Runs code in a process whose packages come from `path` first, warnings being errors; returns what it prints."""
+    """Runs code in a process whose packages come from `path` first; warnings are errors. Returns what it prints."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "CIM_", "TORCH_HOME"))}
     clean |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, env=clean, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=cwd, env=clean, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
 
 @pytest.fixture
 def python(tmp_path) -> Callable[..., str]:
-    """`python(code, folder)` runs code in a process of its own, in an empty folder, that imports the copy in `folder`."""
+    """`python(code, folder)` runs code in a process of its own that imports the copy in `folder`."""
     (tmp_path / "empty").mkdir()
     return lambda code, *path, **environment: in_python(code, *path, cwd=tmp_path / "empty", **environment)

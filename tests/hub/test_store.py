@@ -149,6 +149,7 @@ def test_a_bad_config_is_named(tmp_path, content, message):
 
 def test_a_run_directory(tmp_path):
     metadata = {"architecture": "cim_vit_tiny", "model_args": '{"img_size": 96}', "pretext": '{"head_width": 8}'}
+    metadata["views"] = '{"context_size": 96, "exemplars": {"size": 48}}'
     for name in ("online", "target", "head"):
         save_file({"x": torch.zeros(2)}, tmp_path / f"{name}.safetensors", metadata)
     found = resolve("cim_vit_tiny", tmp_path)
@@ -158,7 +159,7 @@ def test_a_run_directory(tmp_path):
         "head": "head.safetensors",
     }
     assert found.model_args == {"img_size": 96} and found.entry is None and not found.ours
-    assert found.pretext.config == {"head_width": 8} and found.pretext.context_size == 96
+    assert found.pretext.config == {"head_width": 8} and (found.pretext.context_size, found.pretext.exemplar_size) == (96, 48)
     alone = resolve("cim_vit_tiny", tmp_path / "target.safetensors")
     assert dict(alone.files) == {"backbone": (tmp_path / "target.safetensors",)}
     (tmp_path / "target.safetensors").unlink()
@@ -185,7 +186,7 @@ def test_a_folder_that_timm_wrote(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = resolve(tmp_path)
     assert found.architecture == "cim_vit_tiny" and found.model_args == {"img_size": 64}
-    assert found.preprocessing.mean == [0.5, 0.5, 0.5] and found.files["backbone"] == (tmp_path / "model.safetensors",)
+    assert found.preprocessing.mean == (0.5, 0.5, 0.5) and found.files["backbone"] == (tmp_path / "model.safetensors",)
 
 
 def test_a_file_that_does_not_say_what_it_is(tmp_path):
@@ -197,7 +198,9 @@ def test_a_file_that_does_not_say_what_it_is(tmp_path):
         resolve(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 7, b"<html>" * 100, b"\xff" * 64, (8).to_bytes(8, "little") + b"not json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 7, b"<html>" * 100, b"\xff" * 64, (8).to_bytes(8, "little") + b"not json"]
+)
 def test_a_file_that_is_no_safetensors(tmp_path, content):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
@@ -223,7 +226,12 @@ def test_header(tmp_path):
         ("hf-hub:org/name@0123", None, WeightsError, "not available in this version yet: .*weights='FOLDER'"),
         ("cim_vit_tiny", "hf-hub:org/name", WeightsError, "hf-hub:org/name: the Hugging Face Hub is not available"),
         ("cim_vit_tiny.one@v1", None, WeightsError, "cim_vit_tiny.one@v1: .*leave it out"),
-        ("cim_vit_tiny.one", "somewhere.safetensors", ConfigError, "the name is an architecture, not 'cim_vit_tiny.one'"),
+        (
+            "cim_vit_tiny.one",
+            "somewhere.safetensors",
+            ConfigError,
+            "the name is an architecture, not 'cim_vit_tiny.one'",
+        ),
         ("local-dir:here", "there", ConfigError, "the name is an architecture"),
         ("cim_vit_tiny.other", None, WeightsError, "did you mean cim_vit_tiny.one"),
         ("cim_vit_tiny", "cim_vit_tiny.onee", WeightsError, "did you mean cim_vit_tiny.one"),

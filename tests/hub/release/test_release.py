@@ -1,0 +1,263 @@
+"""A run becomes a release: the same numbers however it is loaded; all or nothing."""
+
+import dataclasses
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import PretrainedCfg
+
+from cim_models import create_model, create_pretext
+from cim_models.cli import main
+from cim_models.errors import CheckpointError, ConfigError, WeightsError
+from cim_models.hub import release as module
+from cim_models.hub.manifest import load_manifest, write_manifest
+from cim_models.hub.verify import verify
+
+# ---------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize(("encoder", "dtype"), [("target", "float16"), ("online", "float32"), ("target", "bfloat16")])
+def test_the_released_encoder_is_the_runs(making, tmp_path, root, encoder, dtype):
+    cim, images = making.make_run(tmp_path / "run"), making.images()
+    made = module.release(tmp_path / "run", id="cim_vit_tiny.t1", encoder=encoder, dtype=dtype, root=root)
+    manifest = load_manifest(root)
+    expected = getattr(cim, encoder)
+    precision = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 0}[dtype]
+    for model in (
+        create_model("cim_vit_tiny.t1", pretrained=True, manifest=manifest),
+        create_model("cim_vit_tiny", weights=made),
+        create_model(made),
+    ):
+        held = model.state_dict()
+        assert all(torch.equal(held[k], v.to(getattr(torch, dtype)).float()) for k, v in expected.state_dict().items())
+        torch.testing.assert_close(model.eval()(images), expected(images), rtol=0, atol=10 * precision)
+    assert not any(key.startswith(("head", "fc")) for key in load_file(made / "model.safetensors"))
+    assert {value.dtype for value in load_file(made / "pretext.safetensors").values()} == {getattr(torch, dtype)}
+
+
+def test_one_encoder_and_the_head_locate(making, tmp_path, root):
+    cim = making.make_run(tmp_path / "run")
+    made = module.release(tmp_path / "run", id="cim_vit_tiny.t1", dtype="float32", root=root)
+    cim.online.load_state_dict(cim.target.state_dict())
+    given = making.images(), making.images(32)[:, None]
+    pretext = create_pretext(made).eval()
+    torch.testing.assert_close(pretext.locate(*given), cim.locate(*given), rtol=0, atol=1e-6)
+    assert pretext.config == dataclasses.replace(making.CONFIG, global_weight=0.0) and pretext.global_head is None
+    entry = load_manifest(root).entries["cim_vit_tiny.t1"]
+    assert (entry.pretext.context_size, entry.pretext.exemplar_size) == (64, 32)
+
+
+@pytest.mark.parametrize("architecture", ["cim_vit_tiny", "cim_resnet18"])
+def test_the_entry_says_what_the_files_hold(making, tmp_path, root, architecture):
+    making.make_run(tmp_path / "run", architecture)
+    module.release(tmp_path / "run", id=f"{architecture}.t1", root=root)
+    manifest = load_manifest(root)
+    verify(f"{architecture}.t1", manifest)
+    entry = manifest.entries[f"{architecture}.t1"]
+    assert (entry.kind, entry.num_classes, entry.sources) == ("backbone", 0, ("repository",))
+    assert [golden.part for golden in entry.golden] == ["backbone", "pretext"]
+    wrong = dataclasses.replace(entry.golden[0], output=tuple(value + 1e-3 for value in entry.golden[0].output))
+    write_manifest(manifest.with_entry(dataclasses.replace(entry, golden=(wrong,))))
+    with pytest.raises(WeightsError, match="golden output of the backbone"):
+        verify(f"{architecture}.t1", load_manifest(root))
+
+
+STOCK = """
+import sys
+sys.modules["cim_models"] = None
+import timm
+from safetensors.torch import load_file, save_file
+images, outputs = load_file("images.safetensors")["images"], {}
+for when in ("without", "with"):
+    for folder in ("cim_vit_tiny.t1", "cim_resnet18.t1"):
+        name = "local-dir:root/weights/" + folder
+        model = timm.create_model(name, pretrained=True).eval()
+        assert timm.create_model(name, pretrained=True, num_classes=10)(images).shape == (2, 10)
+        cfg = timm.data.resolve_data_config(model=model)
+        assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == 0.8, cfg
+        assert tuple(cfg["mean"]) == (0.485, 0.456, 0.406), cfg
+        assert (model.pretrained_cfg["license"], model.pretrained_cfg["tag"]) == ("Apache-2.0", "t1")
+        outputs |= {f"{folder} {when}": model(images), f"{folder} {when} maps": model.forward_features(images)}
+    if when == "without":
+        del sys.modules["cim_models"]
+        import cim_models
+save_file(outputs, "output.safetensors")
+"""
+
+
+def test_stock_timm_loads_the_folder(making, tmp_path, root):
+    """Where our package cannot be imported, and once it is."""
+    made = {}
+    for name in ("cim_vit_tiny", "cim_resnet18"):
+        making.make_run(tmp_path / name, name)
+        id = f"{name}.t1"
+        made[id] = module.release(tmp_path / name, id=id, root=root, licence="Apache-2.0", crop_pct=0.8)
+    save_file({"images": making.images()}, tmp_path / "images.safetensors")
+    making.run_python(STOCK, making.ROOT, cwd=tmp_path)
+    output = load_file(tmp_path / "output.safetensors")
+    for id, made_folder in made.items():
+        model = create_model(made_folder).eval()
+        for when in ("without", "with"):
+            torch.testing.assert_close(output[f"{id} {when}"], model(making.images()), rtol=0, atol=1e-6)
+            maps = model.forward_features(making.images())
+            torch.testing.assert_close(output[f"{id} {when} maps"], maps, rtol=0, atol=1e-5)
+
+
+def test_transformers_loads_the_folder(making, run, root):
+    transformers = pytest.importorskip("transformers", reason="needs transformers, which is optional")
+    made = module.release(run, id="cim_vit_tiny.t1", root=root)
+    model = transformers.AutoModel.from_pretrained(made).eval()
+    expected = create_model(made).eval().forward_features(making.images())
+    torch.testing.assert_close(model(making.images()).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_config_json_is_one_that_stock_tools_read(run, root):
+    made = module.release(run, id="cim_vit_tiny.t1", root=root)
+    config = json.loads((made / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224" and config["num_features"] == 192
+    assert (config["num_classes"], config["global_pool"]) == (0, "avg")
+    assert "num_classes" not in config["model_args"] and "model_type" not in config
+    assert PretrainedCfg(**config["pretrained_cfg"]).fixed_input_size is True
+    assert config["cim_models"]["id"] == "cim_vit_tiny.t1"
+
+
+# ---------------------------------------------------------------- all or nothing
+
+
+def test_an_id_is_released_once(making, run, root, tmp_path):
+    made = module.release(run, id="cim_vit_tiny.t1", root=root)
+    before = making.contents(root)
+    with pytest.raises(ConfigError, match="cim_vit_tiny.t1 is released already"):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+    assert making.contents(root) == before
+    module.release(run, id="cim_vit_tiny.t1", root=root, replace=True, encoder="online")
+    assert load_manifest(root).entries["cim_vit_tiny.t1"].encoder == "online"
+    verify("cim_vit_tiny.t1", load_manifest(root))
+    assert [path.name for path in made.parent.iterdir()] == ["cim_vit_tiny.t1"]
+
+
+def test_a_failure_restores_what_was_there(making, run, root, monkeypatch):
+    def full(manifest):
+        raise OSError(28, "No space left on device")
+
+    module.release(run, id="cim_vit_tiny.t1", root=root)
+    before = making.contents(root)
+    monkeypatch.setattr(module, "write_manifest", full)
+    for id in ("cim_vit_tiny.t1", "cim_vit_tiny.t2"):
+        with pytest.raises(ConfigError, match=f"{id} cannot be written.*No space left"):
+            module.release(run, id=id, root=root, replace=True, encoder="online")
+        assert making.contents(root) == before
+    assert [path.name for path in (root / "weights").iterdir()] == ["cim_vit_tiny.t1"]
+
+
+def test_a_folder_that_cannot_be_made(making, run, root):
+    (root / "weights").write_text("in the way")
+    before = making.contents(root)
+    with pytest.raises(ConfigError, match="weights/cim_vit_tiny.t1 cannot be written"):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+    assert making.contents(root) == before
+
+
+IN_A_PROCESS = """
+import os, resource, signal, sys
+from pathlib import Path
+from cim_models.errors import ConfigError
+from cim_models.hub import folder, release
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+run, root, *sabotages = sys.argv[1:]
+for number, sabotage in enumerate(sabotages):
+    child = os.fork()
+    if not child:
+        exec(sabotage)
+        try:
+            made = release.release(Path(run), id="cim_vit_tiny.t1", root=Path(root, str(number)), replace=True)
+        except ConfigError as error:
+            os._exit("cannot be written" in str(error))
+        os._exit(99)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+KILLS = ("folder.save_file = die", "Path.rename = die", "release.write_manifest = die", "release.update_readme = die")
+FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+"""Files may not grow beyond 100 kB: the tensors do not fit."""
+
+
+def test_interrupted_releases(making, run, tmp_path):
+    """Killed before tensors, before the folder has its name, before the manifest and after it; and on a full disk."""
+    roots = [making.make_root(tmp_path / "roots" / str(number)) for number in range(5)]
+    module.release(run, id="cim_vit_tiny.t1", root=roots[4], encoder="online")
+    before = making.contents(roots[4])
+    said = making.run_python(IN_A_PROCESS, making.ROOT, run, tmp_path / "roots", *KILLS, FULL, cwd=tmp_path)
+    assert said.split() == [str(-signal.SIGKILL)] * 4 + ["1"]
+    assert making.contents(roots[4]) == before
+    for number, root in enumerate(roots[:4]):
+        assert list(load_manifest(root).entries) == ([] if number < 3 else ["cim_vit_tiny.t1"])
+        assert (root / "weights" / "cim_vit_tiny.t1").exists() == (number > 1), "whole, or not under its name"
+        module.release(run, id="cim_vit_tiny.t1", root=root, replace=number == 3)
+        verify("cim_vit_tiny.t1", load_manifest(root))
+        assert [path.name for path in (root / "weights").iterdir()] == ["cim_vit_tiny.t1"]
+        assert "cim_vit_tiny.t1" in (root / "README.md").read_text()
+
+
+# ---------------------------------------------------------------- runs and arguments that cannot be
+
+
+@pytest.mark.parametrize("name", ["target.safetensors", "head.safetensors", "config.yaml", "log.jsonl"])
+def test_runs_that_are_not_whole(run, root, name):
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(content[: len(content) // 2] if name != "config.yaml" else b"[a")
+    with pytest.raises(CheckpointError, match=str(run)):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+    (run / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{run}.*lacks {name}"):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+    assert not (root / "weights").exists() or not list((root / "weights").iterdir())
+
+
+def test_files_that_no_run_wrote(run, root):
+    save_file({"a": torch.zeros(1)}, run / "target.safetensors")
+    with pytest.raises(CheckpointError, match="does not say its architecture, images_seen, model_args, pretext"):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+
+
+def test_a_configuration_that_no_run_wrote(run, root):
+    for text in ("3", "data: {}", "{data: {size: 64}, views: 3}"):
+        (run / "config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=f"{run}.*config.yaml"):
+            module.release(run, id="cim_vit_tiny.t1", root=root)
+
+
+@pytest.mark.parametrize("id", ["cim_vit_small.t1", "t1", "cim_vit_tiny", "cim_vit_tiny.", "cim_vit_tiny./../x"])
+def test_ids_that_cannot_be(run, root, id):
+    with pytest.raises(ConfigError, match=r"cim_vit_tiny\.TAG"):
+        module.release(run, id=id, root=root)
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "{", "[3]", '[{"name": "a"}]', '[{"name": "a", "value": "high", "data": "", "command": ""}]']
+)
+def test_metrics_that_cannot_be(run, root, text):
+    (run / "metrics.json").write_text(text)
+    with pytest.raises(ConfigError, match="metrics"):
+        module.release(run, id="cim_vit_tiny.t1", root=root, metrics=run / "metrics.json")
+    assert not (root / "weights" / "cim_vit_tiny.t1").exists()
+
+
+def test_numbers_that_float16_does_not_hold(making, tmp_path, root):
+    making.make_run(tmp_path / "run")
+    header = module.read_header(tmp_path / "run/target.safetensors").metadata
+    tensors = load_file(tmp_path / "run/target.safetensors")
+    save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1e5}, tmp_path / "run/target.safetensors", header)
+    with pytest.raises(ConfigError, match="not finite as float16: norm.bias"):
+        module.release(tmp_path / "run", id="cim_vit_tiny.t1", root=root)
+    module.release(tmp_path / "run", id="cim_vit_tiny.t1", root=root, dtype="bfloat16")
+
+
+def test_the_command(run, root, capsys):
+    assert main(["release", str(run), "--id", "cim_vit_tiny.t1", "--root", str(root), "--encoder", "online"]) == 0
+    assert capsys.readouterr().out.strip() == str(root / "weights" / "cim_vit_tiny.t1")
+    assert main(["release", str(run), "--id", "cim_vit_tiny.t1", "--root", str(root)]) == 1
+    assert "released already" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""torch.hub, from a folder and from its own cache as GitHub's archives fill it."""
+
+import shutil
+
+import pytest
+
+NAMES = sorted(
+    [f"cim_resnet{depth}" for depth in (18, 34, 50, 101)]
+    + [f"cim_vit_{size}" for size in ("tiny", "small", "base", "large", "huge")]
+    + ["cim_pretext"]
+)
+USE = """
+import torch
+kwargs = dict(trust_repo=True, skip_validation=True) if source == "github" else dict(source="local")
+assert sorted(torch.hub.list(repo, **kwargs) if source == "github" else names(repo)) == {names}
+model = torch.hub.load(repo, "cim_vit_tiny", pretrained=True, **kwargs)
+assert model.pretrained_cfg["tag"] == "two" and model(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
+assert torch.hub.load(repo, "cim_resnet18", num_classes=3, **kwargs)(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+assert "two" not in torch.hub.load(repo, "cim_vit_tiny", weights="cim_vit_tiny.one", **kwargs).pretrained_cfg["tag"]
+pretext = torch.hub.load(repo, "cim_pretext", **kwargs)
+assert pretext.locate(torch.zeros(1, 3, 64, 64), torch.zeros(1, 2, 3, 32, 32)).shape == (1, 2, 64, 64)
+assert source == "local" or "pretrained" in torch.hub.help(repo, "cim_vit_huge", **kwargs)
+import sys, cim_models, timm
+assert cim_models.__file__.startswith(folder) and timm.is_model("cim_vit_tiny")
+assert folder not in sys.path
+print("done")
+"""
+LOCAL_NAMES = """
+def names(repo):
+    import torch.hub
+    sys.path.insert(0, repo)
+    module = torch.hub._import_module("hubconf.py", repo + "/hubconf.py")
+    sys.path.remove(repo)
+    return [name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")]
+"""
+
+
+@pytest.fixture
+def cache(plain_copy, tmp_path):
+    """$TORCH_HOME as torch.hub leaves it after a download of the tag v0.1.0 of owner/name."""
+    shutil.copytree(plain_copy, tmp_path / "torch" / "hub" / "owner_name_v0.1.0")
+    return tmp_path / "torch"
+
+
+def test_from_the_cache_beside_modules_of_the_same_names(cache, python, tmp_path):
+    """Without a network, in a project that has its own models.py, utils.py and tests."""
+    project = tmp_path / "project"
+    (project / "tests").mkdir(parents=True)
+    for name in ("models.py", "utils.py", "hub.py", "tests/__init__.py"):
+        (project / name).write_text("mine = True\n")
+    code = "import models, utils, hub, tests\nsource, repo = 'github', 'owner/name:v0.1.0'\n"
+    code += f"folder = {str(cache / 'hub' / 'owner_name_v0.1.0')!r}\n"
+    code += "import torch.hub\ndef offline(*args, **kwargs): raise OSError('no network')\ntorch.hub.urlopen = offline\n"
+    code += USE.replace("{names}", repr(NAMES)) + "assert models.mine and utils.mine and hub.mine and tests.mine\n"
+    printed = python(code, project, TORCH_HOME=str(cache))
+    assert printed.endswith("done\n")
+
+
+def test_from_a_local_folder(plain_copy, python):
+    code = f"import sys\nsource, repo = 'local', {str(plain_copy)!r}\nfolder = repo\n"
+    assert python(code + LOCAL_NAMES + USE.replace("{names}", repr(NAMES))).endswith("done\n")
+
+
+def test_another_copy_in_the_way_is_an_error(plain_copy, python, cache):
+    code = f"""
+import cim_models, torch
+try:
+    torch.hub.load({str(cache / "hub" / "owner_name_v0.1.0")!r}, "cim_vit_tiny", source="local")
+except ImportError as error:
+    print(error)
+"""
+    message = python(code, plain_copy)
+    assert "owner_name_v0.1.0" in message and str(plain_copy) in message and "cim_models.create_model" in message
