@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .pretraining.config import PretrainConfig
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": ("cim_models.evaluation.quickstart:quickstart", "features, neighbours, correlation maps of your images"),
+    "quickstart": ("cim_models.evaluation.quickstart:quickstart", "features, neighbours and heat maps of your images"),
     "list": ("cim_models.hub.manifest:table", "released weights"),
     "info": ("cim_models.hub.manifest:info", "everything about one release"),
     "verify": ("cim_models.cli:verify", "check released weights against what is recorded of them"),
@@ -80,8 +80,9 @@ def _run(arguments: list[str]) -> int:
         if result is not None:
             print("\n".join(map(str, result)) if isinstance(result, (list, tuple)) else result)
         return 0
-    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-    hint = f"did you mean `cim {close[0]}`?" if close else "`cim --help` lists the commands"
+    spellings = {spelling: name for name in COMMANDS for spelling in (name, name.split()[-1])}
+    close = difflib.get_close_matches(name, spellings, n=1, cutoff=0.5)
+    hint = f"did you mean `cim {spellings[close[0]]}`?" if close else "`cim --help` lists the commands"
     print(f"cim: there is no command {name!r}; {hint}", file=sys.stderr)
     return 2
 
@@ -166,3 +167,7 @@ def _help(names: Sequence[str]) -> str:
             "`cim COMMAND --help` explains one. --debug shows where an error comes from, --version the version.",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -74,7 +74,8 @@ def embed(
     encoder = open_encoder(model, device=device)
     about = {**describe(encoder, model), "pooling": pooling, "precision": precision}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    names, unreadable = _paths_file(out), []
+    names = _paths_file(out)
+    unreadable: list[str] = []
     batches = extract(
         encoder, files, pooling, batch_size=batch_size, workers=workers, precision=precision, progress="embed"
     )

@@ -47,10 +47,10 @@ def open_encoder(
     """
     place = _device(device)
     asked = parse_name(model, ARCHITECTURES)
-    foreign = asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture)
+    name = asked.architecture if asked.source == "registry" else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if foreign:
+        if name not in ARCHITECTURES and timm.is_model(name):
             encoder = _from_timm(model, pretrained=not random_init)
         elif random_init:
             encoder = _like(_described(model))
@@ -78,7 +78,7 @@ def open_pretext(model: str, device: str | None = None) -> tuple[CIM, int, int]:
     return pretext.to(place).eval(), sizes.context_size, sizes.exemplar_size
 
 
-def describe(encoder: nn.Module, name: str, random_init: bool = False) -> dict[str, Any]:
+def describe(encoder: Any, name: str, random_init: bool = False) -> dict[str, Any]:
     """What was measured: enough to make the same encoder and its inputs again, as JSON.
 
     The sha256 is one over the names and the bytes of all tensors, whatever file they came from.
@@ -129,7 +129,7 @@ def _like(found: Weights) -> nn.Module:
     return create_model(found.architecture, num_classes=0, pretrained_cfg=cfg, **(found.model_args or {}))
 
 
-def _resize(encoder: nn.Module, size: int) -> None:
+def _resize(encoder: Any, size: int) -> None:
     """Makes an encoder, and the transform that belongs to it, take images of another size."""
     if hasattr(encoder, "set_input_size") and not getattr(encoder, "dynamic_img_size", False):
         try:

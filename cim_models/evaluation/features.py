@@ -40,7 +40,7 @@ class Features(NamedTuple):
     """Index of each image that could not be read, and why: it has no row."""
 
 
-def pool(model: nn.Module, images: Tensor, pooling: Pooling = "patches") -> Tensor:
+def pool(model: Any, images: Tensor, pooling: Pooling = "patches") -> Tensor:
     """Runs a timm model to its final norm and pools what comes out.
 
     Args:

@@ -50,9 +50,10 @@ def nearest(queries: Tensor, gallery: Tensor, k: int, chunk: int = 16384) -> Ite
         for start in range(0, len(gallery), chunk):
             rows = F.normalize(gallery[start : start + chunk].to(block.device, torch.float32), dim=1)
             best = (block @ rows.T).topk(min(k, len(rows)), dim=1)
-            similarities, order = torch.cat([similarities, best.values], dim=1).sort(dim=1, descending=True, stable=True)
-            indices = torch.cat([indices, best.indices + start], dim=1).gather(1, order)
-            similarities, indices = similarities[:, :k], indices[:, :k]
+            similarities = torch.cat([similarities, best.values], dim=1)
+            indices = torch.cat([indices, best.indices + start], dim=1)
+            similarities, order = similarities.sort(dim=1, descending=True, stable=True)
+            similarities, indices = similarities[:, :k], indices.gather(1, order[:, :k])
         yield Neighbours(similarities, indices)
 
 
@@ -180,7 +181,7 @@ def evaluate_knn(
     labels = {name: split.labels[extracted[name].indices] for name, split in splits.items()}
     usable = tuple(k for k in ks if k <= len(features["train"]))
     if not usable:
-        raise DataError(f"{train}: {len(features['train'])} images are too few for k={min(ks)}; give more, or smaller ks")
+        raise DataError(f"{train}: {len(features['train'])} images are too few for k={min(ks)}; give a smaller k")
     queries = features["val"].to(next(encoder.parameters()).device)
     accuracies = knn(features["train"], labels["train"], queries, labels["val"], usable, temperature)
 

@@ -178,17 +178,18 @@ def _sheet(
 ) -> Image.Image:
     """The sheet of `neighbours.png`."""
     found = _others(features, queries, NEIGHBOURS)
-    rows = [[picture(i) for i in (query, *(other for other, _ in row))] for query, row in zip(queries, found, strict=True)]
+    pairs = list(zip(queries, found, strict=True))
+    rows = [[picture(query), *(picture(other) for other, _ in row)] for query, row in pairs]
     captions = [
         [Path(names[query]).stem, *(f"{similarity:.2f} {Path(names[other]).stem}" for other, similarity in row)]
-        for query, row in zip(queries, found, strict=True)
+        for query, row in pairs
     ]
     return neighbour_sheet(rows, captions)
 
 
 def _others(features: Tensor, queries: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
     """For each query, a row of `features`, the `count` nearest other rows and their similarities."""
-    rows = []
+    rows: list[list[tuple[int, float]]] = []
     blocks = nearest(features[list(queries)], features, min(count + 1, len(features)))
     for similarities, indices in blocks:
         for row in zip(indices.tolist(), similarities.tolist(), strict=True):

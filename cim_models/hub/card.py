@@ -19,6 +19,8 @@ BEGIN, END = "<!-- models -->", "<!-- /models -->"
 """README's table of models stands between these lines."""
 OPEN_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
 """Licences that the Hugging Face Hub knows by these names."""
+NOT_STATED = "not stated"
+"""Of a text that nobody gave."""
 RANDOM = "random"
 """What follows the dot in the name of a metric of the untrained backbone, as `online` and `target` do of encoders."""
 
@@ -110,9 +112,9 @@ def readme_with_table(text: str, manifest: Manifest) -> str:
 
 
 def update_readme(manifest: Manifest) -> Path | None:
-    """Writes the table into `manifest.root / README.md` whole or not at all; None where there is no such file."""
+    """Writes the table into `manifest.root / README.md` whole or not at all; None where there is no place for it."""
     path = manifest.root / "README.md"
-    if not path.is_file():
+    if not path.is_file() or BEGIN not in path.read_text(encoding="utf-8"):
         return None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -137,7 +139,8 @@ def _front_matter(entry: Entry) -> str:
     values["library_name"] = "timm" if "backbone" in entry.parts else "cim_models"
     values["pipeline_tag"] = "image-classification" if entry.num_classes else "image-feature-extraction"
     values["tags"] = ["timm", "cim", "self-supervised-learning", entry.architecture]
-    values["datasets"] = [re.sub(r"[^a-z0-9]+", "-", data.name.lower()).strip("-") for data in entry.data]
+    names = [data.name.lower() for data in entry.data if data.name != NOT_STATED]
+    values["datasets"] = [re.sub(r"[^a-z0-9]+", "-", name).strip("-") for name in names]
     return f"---\n{yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False)}---"
 
 
@@ -190,9 +193,10 @@ def _which_encoder(entry: Entry) -> str:
     values = {metric.name: metric for metric in entry.metrics}
     for name, mine in values.items():
         base, _, whose = name.rpartition(".")
-        beside = {f"{other} encoder": values.get(f"{base}.{other}"), "random weights": values.get(f"{base}.{RANDOM}")}
-        if whose == entry.encoder and any(beside.values()):
-            compared = " and ".join(f"{shown(metric)} for the {what}" for what, metric in beside.items() if metric)
+        others = {f"the {other} encoder": f"{base}.{other}", "random weights": f"{base}.{RANDOM}"}
+        beside = {what: values[key] for what, key in others.items() if key in values}
+        if whose == entry.encoder and beside:
+            compared = " and ".join(f"{shown(metric)} for {what}" for what, metric in beside.items())
             said += f" {base} on {mine.data}: {shown(mine)}, against {compared}."
     if entry.kind == "backbone" and "pretext" in entry.parts:
         said += " It serves both sides of `locate`."

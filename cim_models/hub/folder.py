@@ -157,4 +157,4 @@ def _cast(tensors: Mapping[str, Tensor], entry: Entry) -> dict[str, Tensor]:
     bad = [key for key, value in cast.items() if not value.isfinite().all()]
     if bad:
         raise ConfigError(f"{entry.id}: not finite as {entry.dtype}: {', '.join(bad)}; is another dtype meant?")
-    return {key: value.contiguous() for key, value in cast.items()}
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in cast.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, WeightsError
 from ..pretext.model import PretextConfig
-from .card import LOG, RECIPE, update_readme
+from .card import LOG, NOT_STATED, RECIPE, update_readme
 from .entry import Data, Entry, Metric, Pretext
 from .folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from .manifest import load_manifest, read_json, write_manifest
@@ -36,11 +36,11 @@ def release(
     encoder: Literal["target", "online"] = "target",
     dtype: Dtype = "float16",
     summary: str = "",
-    data: str = "not stated",
-    terms: str = "not stated",
-    licence: str = "not stated",
+    data: str = NOT_STATED,
+    terms: str = NOT_STATED,
+    licence: str = NOT_STATED,
     metrics: Path | None = None,
-    hardware: str = "not stated",
+    hardware: str = NOT_STATED,
     crop_pct: float = 0.9,
     replace: bool = False,
     root: Path | None = None,

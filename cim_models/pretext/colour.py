@@ -113,7 +113,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     sixths = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
     hue = sixths / (6 * chroma.clamp_min(1e-8)) + turns.view(-1, 1, 1)
     distance = hue[:, None] - x.new_tensor([1 / 2, 5 / 6, 1 / 6]).view(1, 3, 1, 1)
-    ramp = distance.sub_(distance.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    ramp = torch.rsub(distance.sub_(distance.round()).abs_(), 2, alpha=6).clamp_(0, 1)
     return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1).clamp_(0, 1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cim_models.errors import CheckpointError
@@ -100,6 +100,26 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
     return step
 
 
+def start_from(directory: Path, cim: CIM) -> None:
+    """Takes over the encoders and the head that another run exported.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged, or holds another model.
+    """
+    for name, module in _parts(cim).items():
+        path = directory / f"{name}.safetensors"
+        try:
+            module.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: not what a run of this model exports: {error}") from error
+
+
+def _parts(cim: CIM) -> dict[str, nn.Module]:
+    """What a run exports, by the names of the files."""
+    parts: dict[str, nn.Module | None] = {"online": cim.online, "target": cim.target, "head": cim.head}
+    return {name: module for name, module in parts.items() if module is not None}
+
+
 def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_seen: int) -> None:
     """Writes the bare encoders (timm's key names) and the correlation head as safetensors."""
     model_args = {} if config.model.startswith("cim_resnet") else {"img_size": config.backbone.img_size}
@@ -112,11 +132,9 @@ def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_
         "step": str(step),
         "images_seen": str(images_seen),
     }
-    parts: dict[str, nn.Module | None] = {"online": cim.online, "target": cim.target, "head": cim.head}
-    for name, module in parts.items():
-        if module is not None:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-            replace_file(directory / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
+    for name, module in _parts(cim).items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+        replace_file(directory / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -88,6 +88,8 @@ class PretrainConfig:
     """auto is bf16 where the hardware multiplies it natively (GPUs, CPUs with AVX512-BF16)."""
     resume: bool = False
     """Go on from the run directory's last checkpoint."""
+    init: str = ""
+    """Run directory whose encoders and head this run starts from: easy exemplars first, for one."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     save_every: int = 1000

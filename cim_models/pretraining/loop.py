@@ -82,6 +82,8 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(config.seed)
     prior = location_prior(config.views, config.data.size)
     cim = build(config, prior.log_odds)
+    if config.init:
+        checkpoint.start_from(Path(config.init), cim)
     if processes > 1 and accelerator.device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
     optimiser = torch.optim.AdamW(param_groups_weight_decay(cim, optim.weight_decay), betas=optim.betas)

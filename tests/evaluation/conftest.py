@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from cim_models.backbones import build
+from cim_models.pretext.exemplars import ExemplarConfig
 from cim_models.pretext.model import CIM, PretextConfig
+from cim_models.pretext.views import ViewConfig
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +20,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model_args, config = {"depth": 2, "img_size": 64}, PretextConfig(head_width=64, head_heads=4)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(5)
         cim = CIM(build("cim_vit_tiny", **model_args), config)
         torch.nn.init.normal_(cim.head.predict.weight)
         for parameter in cim.target.parameters():
@@ -27,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "architecture": "cim_vit_tiny",
         "model_args": json.dumps(model_args),
         "pretext": json.dumps(dataclasses.asdict(config)),
-        "views": json.dumps({"context_size": 64, "exemplars": {"size": 32}}),
+        "views": json.dumps(dataclasses.asdict(ViewConfig(context_size=64, exemplars=ExemplarConfig(size=32)))),
         "step": "0",
         "images_seen": "0",
     }

@@ -159,7 +159,8 @@ def test_a_run_directory(tmp_path):
         "head": "head.safetensors",
     }
     assert found.model_args == {"img_size": 96} and found.entry is None and not found.ours
-    assert found.pretext.config == {"head_width": 8} and (found.pretext.context_size, found.pretext.exemplar_size) == (96, 48)
+    assert found.pretext.config == {"head_width": 8}
+    assert (found.pretext.context_size, found.pretext.exemplar_size) == (96, 48)
     alone = resolve("cim_vit_tiny", tmp_path / "target.safetensors")
     assert dict(alone.files) == {"backbone": (tmp_path / "target.safetensors",)}
     (tmp_path / "target.safetensors").unlink()

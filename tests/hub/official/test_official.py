@@ -130,8 +130,8 @@ def test_shapes_that_disagree_are_named(authors, tmp_path, tensors):
 
 def test_no_shape_is_trusted(authors, tmp_path, tensors):
     """Each tensor becomes a number, an empty one, one of more dimensions; and the number of a block is absurd."""
-    names = [name for name in tensors if "blocks_c" not in name and "blocks.1" not in name and "global" not in name]
-    for i, name in enumerate(names):
+    names = [name for name in tensors if "blocks_c" not in name and "blocks.1" not in name]
+    for i, name in enumerate(names[::2]):
         wrong = (torch.tensor([[[1.0]]]), torch.zeros(0), tensors[name][None].expand(2, *tensors[name].shape))[i % 3]
         with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
             read_official(authors.save(tmp_path / "a.pth", tensors | {name: wrong}), **authors.heads)

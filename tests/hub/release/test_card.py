@@ -36,7 +36,7 @@ def test_the_card_says_what_a_user_must_know(run, root):
         "| knn_top1.target | 9.1% | Tiny val | `cim evaluate knn target` |",
         "| shuffled-exemplar gap | 0.2461 | Tiny val | `python / gap` |",
         "The backbone is the **target** encoder.",
-        "9.1%, against 8.3% for the online encoder and 2.4% for the random weights",
+        "9.1%, against 8.3% for the online encoder and 2.4% for random weights",
         "- Licence: Apache-2.0",
         "## Limits",
     ):
@@ -48,6 +48,7 @@ def test_a_licence_that_the_hub_does_not_know(run, root):
     made = module.release(run, id="cim_vit_tiny.t1", root=root, licence="S-Lab License 1.0 (non-commercial)")
     front = yaml.safe_load((made / "README.md").read_text().split("---")[1])
     assert (front["license"], front["license_name"]) == ("other", "s-lab-license-1.0-non-commercial")
+    assert "datasets" not in front, "nobody said which"
 
 
 def test_nothing_of_the_machine_is_published(run, root):
@@ -97,6 +98,8 @@ def test_readme_has_the_table_of_the_manifest(run, root):
     row = "| 64 × 64 | Tiny | knn_top1 9.1% (random weights 2.4%), Tiny val | Apache-2.0 |"
     assert "[`cim_vit_tiny.t1`](weights/cim_vit_tiny.t1/README.md)" in text and row in text
     assert card.readme_with_table(text, load_manifest(root)) == text
+    (root / "README.md").write_text("# no table")
+    assert card.update_readme(load_manifest(root)) is None
     with pytest.raises(ConfigError, match="<!-- models -->"):
         card.readme_with_table("# no table", load_manifest(root))
 

@@ -109,9 +109,11 @@ def test_stock_timm_loads_the_folder(making, tmp_path, root):
 def test_transformers_loads_the_folder(making, run, root):
     transformers = pytest.importorskip("transformers", reason="needs transformers, which is optional")
     made = module.release(run, id="cim_vit_tiny.t1", root=root)
-    model = transformers.AutoModel.from_pretrained(made).eval()
+    model = transformers.AutoModel.from_pretrained(made).float().eval()
     expected = create_model(made).eval().forward_features(making.images())
     torch.testing.assert_close(model(making.images()).last_hidden_state, expected, rtol=0, atol=1e-5)
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(made, num_labels=3).float()
+    assert classifier(making.images()).logits.shape == (2, 3)
 
 
 def test_config_json_is_one_that_stock_tools_read(run, root):
