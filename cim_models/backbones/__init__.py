@@ -6,7 +6,6 @@ Registering the names in timm, with their released weights, is the hub's part (`
 import difflib
 from typing import Any
 
-
 from cim_models.backbones.resnet import RESNETS, build_resnet
 from cim_models.backbones.vit import VITS, VisionTransformer, build_vit
 from cim_models.errors import ConfigError

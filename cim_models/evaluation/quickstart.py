@@ -30,7 +30,7 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 """Of scikit-image, those that are more than a texture and come with the package itself, in most versions."""
 GRID = 3
-"""Of few photographs, GRID × GRID tiles of each are compared."""
+"""Of few photographs, GRID × GRID tiles of each are compared, without colours against with."""
 FEW = 50
 """From so many images on, the images themselves are compared."""
 LARGEST = 768
@@ -53,7 +53,8 @@ class Quickstart:
     iou_shuffled: float | None
     """The same with the exemplars of another image: what the shape of an average map gives. None for one image."""
     same: float | None
-    """Share of tiles whose nearest other tile is of the same photograph; None if images were compared."""
+    """Share of tiles that, without colours, are nearest to another tile of the same photograph; None if images were
+    compared."""
     same_random: float | None
     """The same with random weights."""
     same_chance: float
@@ -68,7 +69,7 @@ class Quickstart:
         ]
         if self.same is not None:
             lines.append(
-                f"The nearest tile is one of the same photograph for {self.same:.0%} of the tiles "
+                f"Without its colours, a tile is nearest to another of the same photograph in {self.same:.0%} of cases "
                 f"(random weights {self.same_random:.0%}, chance {self.same_chance:.0%})."
             )
         shuffled = "" if self.iou_shuffled is None else f" ({self.iou_shuffled:.2f} with exemplars of another image)"
@@ -86,8 +87,8 @@ def quickstart(
 ) -> Quickstart:
     """Shows what an encoder makes of your images: features, nearest neighbours and correlation maps.
 
-    Of fewer than 50 images, tiles that do not overlap are compared, nine of each: neighbours should be of the same
-    photograph.
+    Of fewer than 50 images, tiles that do not overlap are compared, nine of each. Colours alone would tell most
+    photographs apart, so a tile is shown without them, and its nearest neighbours should be of the same photograph.
 
     Args:
         images: A folder, a text file of paths or one image; by default the photographs that scikit-image comes with.
@@ -113,16 +114,21 @@ def quickstart(
 
     same: dict[bool, float] = {}
     if len(names) >= FEW:
-        picture = _sheet(features, shown, names, lambda i: read_image(names[i]))
+        found = _others(features[shown], shown, features)
+        picture = _sheet([read_image(names[i]) for i in shown], shown, found, names, lambda i: read_image(names[i]))
     else:
         tiles = [tile for name in names for tile in _tiles(read_image(name))]
+        grey = [ImageOps.grayscale(tile).convert("RGB") for tile in tiles]
         owners = [name for name in names for _ in range(GRID**2)]
         for random_init in (True, False):
             encoder = open_encoder(model, random_init=random_init, device=device)
-            features = extract_all(encoder, tiles, workers=0).features
-            nearest_owners = [owners[row[0][0]] for row in _others(features, list(range(len(tiles))), 1)]
+            queries, features = (extract_all(encoder, part, workers=0).features for part in (grey, tiles))
+            found = _others(queries, range(len(tiles)), features)
+            nearest_owners = [owners[row[0][0]] for row in found]
             same[random_init] = sum(map(str.__eq__, owners, nearest_owners)) / len(tiles)
-        picture = _sheet(features, [i * GRID**2 + GRID**2 // 2 for i in shown], owners, tiles.__getitem__)
+        centres = [i * GRID**2 + GRID**2 // 2 for i in shown]
+        queries, found = [grey[i] for i in centres], [found[i] for i in centres]
+        picture = _sheet(queries, centres, found, owners, tiles.__getitem__)
     return Quickstart(
         features=out / "features.safetensors",
         neighbours=_save(picture, out / "neighbours.png"),

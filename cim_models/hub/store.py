@@ -248,5 +248,5 @@ def _from_file(path: Path, architecture: str) -> Weights:
         views = json.loads(metadata.get("views", "{}"))
     except ValueError as error:
         raise WeightsError(f"{path}: metadata that is not JSON: {error}") from error
-    pretext = Pretext(config, views["context_size"], views["exemplars"]["size"]) if config is not None and views else None
+    pretext = Pretext(config, views["context_size"], views["exemplars"]["size"]) if config and views else None
     return Weights(str(path), architecture, {"backbone": (path,)}, model_args, pretext=pretext)

@@ -158,11 +158,10 @@ def cover(rectangles: Rectangles, source_size: tuple[int, int], map_size: int) -
     u, v = rectangles.axes
 
     def inside(axis: Tensor, half: Tensor) -> Tensor:
-        """|(pixel − centre) · axis| ≤ half, by comparing what a column adds with what a row leaves."""
-        along = (axis[..., 0, None] * (steps * width))[..., None, :]
-        left = ((axis * rectangles.centre).sum(-1, keepdim=True) - axis[..., 1, None] * (steps * height))[..., None]
-        half = half[..., None, None]
-        return (along >= left - half) & (along <= left + half)
+        """|(pixel − centre) · axis| ≤ half, from one row and one column of numbers."""
+        along = axis[..., 0, None] * (steps * width) - (axis * rectangles.centre).sum(-1, keepdim=True)
+        down = axis[..., 1, None] * (steps * height)
+        return (down[..., :, None] + along[..., None, :]).abs_() <= half[..., None, None]
 
     return inside(u, rectangles.half[..., 0]) & inside(v, rectangles.half[..., 1])
 
