@@ -2,9 +2,9 @@
 
     python benchmarks/exemplars.py
 
-Released sizes: K = 6 exemplars of T = 64 and maps of S = 160, from uint8 to normalised; the shrunken context, which both
-would make with the same call, is left out. The rows alternate and count processor time, so that a busy machine slows
-all alike; the table gives medians and the median of each round's ratio.
+Released sizes: K = 6 exemplars of T = 64 and maps of S = 160, from uint8 to normalised; the shrunken context, which
+both would make with the same call, is left out. The rows alternate and count processor time, so that a busy machine
+slows all alike; the table gives medians and the median of each round's ratio.
 """
 
 import argparse

@@ -104,6 +104,14 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     assert usage(["list"], capsys) == (130, "", "cim: interrupted\n")
 
 
+def test_a_message_is_said_once(capsys):
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(cli._Once())
+    for message in ("licence x", "licence x", "licence y"):
+        handler.handle(logging.makeLogRecord({"msg": message}))
+    assert capsys.readouterr().err == "licence x\nlicence y\n"
+
+
 def test_light_commands_import_no_torch():
     program = (
         "import sys; from cim_models.cli import main; code = main(sys.argv[1:]);"

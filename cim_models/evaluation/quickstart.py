@@ -112,23 +112,12 @@ def quickstart(
     picture, iou, iou_shuffled = _correlation([names[i] for i in shown], model, device)
     correlation = _save(picture, out / "correlation.png")
 
-    same: dict[bool, float] = {}
-    if len(names) >= FEW:
-        found = _others(features[shown], shown, features)
-        picture = _sheet([read_image(names[i]) for i in shown], shown, found, names, lambda i: read_image(names[i]))
+    same, same_random = None, None
+    if len(names) < FEW:
+        picture, same, same_random = _tile_neighbours(names, shown, model, device)
     else:
-        tiles = [tile for name in names for tile in _tiles(read_image(name))]
-        grey = [ImageOps.grayscale(tile).convert("RGB") for tile in tiles]
-        owners = [name for name in names for _ in range(GRID**2)]
-        for random_init in (True, False):
-            encoder = open_encoder(model, random_init=random_init, device=device)
-            queries, features = (extract_all(encoder, part, workers=0).features for part in (grey, tiles))
-            found = _others(queries, range(len(tiles)), features)
-            nearest_owners = [owners[row[0][0]] for row in found]
-            same[random_init] = sum(map(str.__eq__, owners, nearest_owners)) / len(tiles)
-        centres = [i * GRID**2 + GRID**2 // 2 for i in shown]
-        queries, found = [grey[i] for i in centres], [found[i] for i in centres]
-        picture = _sheet(queries, centres, found, owners, tiles.__getitem__)
+        found = _others(features[shown], features, shown)
+        picture = _sheet([read_image(names[i]) for i in shown], shown, found, names, lambda i: read_image(names[i]))
     return Quickstart(
         features=out / "features.safetensors",
         neighbours=_save(picture, out / "neighbours.png"),
@@ -136,8 +125,8 @@ def quickstart(
         images=len(names),
         iou=iou,
         iou_shuffled=iou_shuffled,
-        same=same.get(False),
-        same_random=same.get(True),
+        same=same,
+        same_random=same_random,
         same_chance=(GRID**2 - 1) / (len(names) * GRID**2 - 1),
         seconds=time.perf_counter() - start,
     )
@@ -179,29 +168,49 @@ def _iou(probabilities: Tensor, maps: Tensor) -> float:
     return float(((predicted & maps).sum(dim=(2, 3)) / union).mean())
 
 
+def _tile_neighbours(
+    names: Sequence[str], shown: Sequence[int], model: str, device: str | None
+) -> tuple[Image.Image, float, float]:
+    """The sheet for tiles, and how often the nearest one is of the same photograph; also with random weights."""
+    tiles = [tile for name in names for tile in _tiles(read_image(name))]
+    grey = [ImageOps.grayscale(tile).convert("RGB") for tile in tiles]
+    owners = [name for name in names for _ in range(GRID**2)]
+    shares = []
+    for random_init in (True, False):
+        encoder = open_encoder(model, random_init=random_init, device=device)
+        queries, gallery = (extract_all(encoder, part, workers=0).features for part in (grey, tiles))
+        found = _others(queries, gallery, range(len(tiles)))
+        shares.append(sum(owners[row[0][0]] == owner for row, owner in zip(found, owners, strict=True)) / len(tiles))
+    centres = [i * GRID**2 + GRID**2 // 2 for i in shown]
+    picture = _sheet([grey[i] for i in centres], centres, [found[i] for i in centres], owners, tiles.__getitem__)
+    return picture, shares[1], shares[0]
+
+
+def _others(queries: Tensor, gallery: Tensor, own: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """For each query the nearest rows of the gallery and their similarities, without its own row."""
+    rows: list[list[tuple[int, float]]] = []
+    for similarities, indices in nearest(queries, gallery, min(NEIGHBOURS + 1, len(gallery))):
+        for row in zip(indices.tolist(), similarities.tolist(), strict=True):
+            mine = own[len(rows)]
+            rows.append([pair for pair in zip(*row, strict=True) if pair[0] != mine][:NEIGHBOURS])
+    return rows
+
+
 def _sheet(
-    features: Tensor, queries: Sequence[int], names: Sequence[str], picture: Callable[[int], Image.Image]
+    queries: Sequence[Image.Image],
+    own: Sequence[int],
+    found: Sequence[Sequence[tuple[int, float]]],
+    names: Sequence[str],
+    picture: Callable[[int], Image.Image],
 ) -> Image.Image:
-    """The sheet of `neighbours.png`."""
-    found = _others(features, queries, NEIGHBOURS)
-    pairs = list(zip(queries, found, strict=True))
-    rows = [[picture(query), *(picture(other) for other, _ in row)] for query, row in pairs]
+    """The sheet of `neighbours.png`: query pictures, and those of the rows that were found."""
+    labels = [Path(name).stem for name in names]
+    rows = [[query, *(picture(i) for i, _ in row)] for query, row in zip(queries, found, strict=True)]
     captions = [
-        [Path(names[query]).stem, *(f"{similarity:.2f} {Path(names[other]).stem}" for other, similarity in row)]
-        for query, row in pairs
+        [labels[mine], *(f"{similarity:.2f} {labels[i]}" for i, similarity in row)]
+        for mine, row in zip(own, found, strict=True)
     ]
     return neighbour_sheet(rows, captions)
-
-
-def _others(features: Tensor, queries: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-    """For each query, a row of `features`, the `count` nearest other rows and their similarities."""
-    rows: list[list[tuple[int, float]]] = []
-    blocks = nearest(features[list(queries)], features, min(count + 1, len(features)))
-    for similarities, indices in blocks:
-        for row in zip(indices.tolist(), similarities.tolist(), strict=True):
-            query = queries[len(rows)]
-            rows.append([pair for pair in zip(*row, strict=True) if pair[0] != query][:count])
-    return rows
 
 
 def _tiles(image: Image.Image) -> list[Image.Image]:

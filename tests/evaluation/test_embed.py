@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from cim_models.errors import ConfigError, DataError, WeightsError
 from cim_models.evaluation import embed, load_features
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import extract_all
-from cim_models.images import find_images
+from cim_models.images import find_images, read_image
 
 
 def test_stock_safetensors_reads_what_is_written(tmp_path, photographs, run):
@@ -63,6 +64,16 @@ def test_unreadable_images_have_no_row(tmp_path, photographs, run):
     with pytest.raises(DataError, match="none of 4"):
         embed(tmp_path, str(run), out, workers=0)
     assert out.read_bytes() == before and len(list(out.parent.iterdir())) == 2
+
+
+def test_difficult_files(tmp_path, shared, run):
+    with zipfile.ZipFile(shared / "data" / "odd.zip") as archive:
+        archive.extractall(tmp_path)
+    result = embed(tmp_path / "odd", str(run), tmp_path / "f.safetensors", batch_size=4, workers=2)
+    features, paths = load_features(tmp_path / "f.safetensors")
+    assert features.isfinite().all() and len(features) >= 10 and result.unreadable
+    assert len(features) + len(result.unreadable) == len(find_images(tmp_path / "odd"))
+    assert any(read_image(path).size == (20000, 4) for path in paths)
 
 
 def test_a_list_keeps_its_order(tmp_path, photographs, run):

@@ -62,12 +62,15 @@ def test_from_a_local_folder(plain_copy, python):
 
 
 def test_another_copy_in_the_way_is_an_error(plain_copy, python, cache):
+    """Said before anything else is imported."""
+    hubconf = cache / "hub" / "owner_name_v0.1.0" / "hubconf.py"
     code = f"""
-import cim_models, torch
+import cim_models, runpy, sys
 try:
-    torch.hub.load({str(cache / "hub" / "owner_name_v0.1.0")!r}, "cim_vit_tiny", source="local")
+    runpy.run_path({str(hubconf)!r})
 except ImportError as error:
     print(error)
+assert "torch" not in sys.modules
 """
     message = python(code, plain_copy)
-    assert "owner_name_v0.1.0" in message and str(plain_copy) in message and "cim_models.create_model" in message
+    assert str(hubconf.parent) in message and str(plain_copy) in message and "cim_models.create_model" in message
