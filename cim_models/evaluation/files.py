@@ -22,6 +22,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
         partial.replace(path)
     except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (partial, *partial.parents):
+            raise
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):

@@ -1,0 +1,136 @@
+"""Two processes of the loop give the losses, gradients and weights of one process with the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from cim_models import backbones
+from cim_models.pretext.model import CIM, PretextConfig
+from cim_models.pretraining.config import to_dict
+from cim_models.pretraining.data import GlobalBatches
+from cim_models.pretraining.loop import pretrain
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+WORKER = """
+import sys
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+
+from cim_models import backbones
+from cim_models.pretext.model import CIM, PretextConfig
+from cim_models.pretraining import load_recipe, pretrain
+
+recipe, views, weights, gradients = sys.argv[1:]
+torch.set_num_threads(1)
+
+accelerator = Accelerator()
+rank = accelerator.process_index
+assert accelerator.num_processes == 2 and accelerator.device.type == "cpu"
+backbone = backbones.build("cim_vit_tiny", embed_dim=24, depth=1, num_heads=2, img_size=32)
+cim = CIM(backbone, PretextConfig(head_width=16, head_heads=2, global_weight=1.0, global_hidden=8)).eval()
+cim.load_state_dict(load_file(weights))
+cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
+model = accelerator.prepare(cim)
+assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+views = load_file(views)
+mine = [views[name].chunk(2)[rank] for name in ("context", "exemplars", "maps")]
+output = model(*mine)
+accelerator.backward(output.loss)
+assert type(output).__name__ == "Output" and output.context.grid == (2, 2)
+if rank == 0:
+    save_file({name: p.grad for name, p in cim.named_parameters() if p.grad is not None}, gradients)
+
+pretrain(load_recipe(recipe))
+"""
+TIMES = {"images_per_second", "data_wait"}
+
+
+def launch(tmp_path: Path, *arguments: Path) -> None:
+    """Runs WORKER in two processes of one torchrun, on the CPU."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    changes = {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, tmp_path / "worker.py", *arguments], env={**os.environ, **changes}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def gradients_of_one_process(weights: Path, views: Path) -> dict[str, torch.Tensor]:
+    """The same batch as in WORKER, whole. BatchNorm takes its running statistics, so that images do not mix."""
+    torch.manual_seed(0)
+    backbone = backbones.build("cim_vit_tiny", embed_dim=24, depth=1, num_heads=2, img_size=32)
+    cim = CIM(backbone, PretextConfig(head_width=16, head_heads=2, global_weight=1.0, global_hidden=8)).eval()
+    torch.nn.init.normal_(cim.head.predict.weight)
+    save_file(cim.state_dict(), weights)
+    batch = {
+        "context": torch.randn(4, 3, 32, 32),
+        "exemplars": torch.randn(4, 2, 3, 16, 16),
+        "maps": (torch.rand(4, 2, 32, 32) < 0.3).float(),
+    }
+    save_file(batch, views)
+    output = cim(**batch)
+    output.loss.backward()
+    assert output.global_loss > 0.1
+    return {name: p.grad for name, p in cim.named_parameters() if p.grad is not None}
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Each tensor to `tolerance` of its largest value."""
+    assert ours.keys() == theirs.keys() and ours
+    worst = {}
+    for name, tensor in ours.items():
+        worst[name] = ((tensor - theirs[name]).abs().max() / tensor.abs().max().clamp_min(1e-6)).item()
+    print(sorted(worst.items(), key=lambda x: -x[1])[:8])
+    assert {name: error for name, error in worst.items() if not error <= tolerance} == {}
+
+
+def test_two_processes_are_one(tmp_path, photographs, configure):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in photographs(200, 64).iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    order = list(GlobalBatches(200, 2, seed=0, rank=1, processes=2, total_steps=6))
+    bad = sorted(path.name for path in images.iterdir())[order[3][0][1]]
+    (images / bad).write_text("not an image")  # the second step of the second process
+    changes = dict(
+        optimiser__accumulation=2, optimiser__epochs=3 / 25, optimiser__warmup_epochs=0.0, optimiser__lr=0.01,
+        optimiser__clip=None, optimiser__betas=(0.0, 0.95), pretext__freeze_patch_embed=True,
+    )  # fmt: skip
+
+    one, two = (configure(images, tmp_path / name, **changes) for name in ("one", "two"))
+    one.optimiser.batch_size, two.optimiser.batch_size = 4, 2
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(to_dict(two)))
+    files = [tmp_path / name for name in ("views.safetensors", "weights.safetensors", "gradients.safetensors")]
+    expected = gradients_of_one_process(weights=files[1], views=files[0])
+    launch(tmp_path, tmp_path / "two.yaml", *files)
+    assert_close(load_file(files[2]), expected, 1e-5)
+
+    pretrain(one)
+    texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("one", "two")]
+    logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
+    assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 2, 3]
+    assert logs[0][1] == logs[1][1] == {"step": 2, "skipped": f"{images / bad}: not an image", "unreadable": 1}
+    exact = {"step", "steps", "epoch", "images_seen", "prior_loss", "lr", "momentum", "unreadable"}
+    for ours, theirs in zip(*(log[:1] + log[2:] for log in logs), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in exact if ours[name] != theirs[name]] == []
+        for name in ("loss", "grad_norm"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
+        for name in ("iou", "cosine"):
+            assert theirs[name] == pytest.approx(ours[name], abs=1e-4)
+
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two")]
+    # With beta1 = 0 the first moment of AdamW is the gradient of the last step.
+    moments = [{str(i): s["exp_avg"] for i, s in state["optimiser"]["state"].items()} for state in states]
+    assert_close(*moments, 1e-3)
+    assert_close(*(state["model"] for state in states), 1e-3)
