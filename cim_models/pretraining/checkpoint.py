@@ -79,7 +79,8 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
         saved, step, total = state["config"], state["step"], state.get("steps", steps)
     except Exception as error:
         raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: {error}") from error
-    now, before = _flat(to_dict(config)), _flat(saved)
+    now = _flat(to_dict(config))
+    before = {**_flat(to_dict(PretrainConfig())), **_flat(saved)}  # a field that is newer than the checkpoint was unset
     differences = [
         f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
         for name in sorted(now.keys() | before.keys())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import export, load, replace_file, save
+from cim_models.pretraining.checkpoint import export, load, replace_file, save, start_from
 from cim_models.pretraining.config import PretrainConfig, to_dict
 
 resource = pytest.importorskip("resource", reason="needs limits on the size of files, which only Unix has")
@@ -82,6 +82,17 @@ def test_checkpoints_of_older_versions_do_not_know_the_length_of_their_run(tmp_p
     del state["steps"]
     torch.save(state, tmp_path / "last.pt")
     assert load(tmp_path, cim, optimiser, 30, PretrainConfig()) == 7
+
+
+def test_checkpoints_of_older_versions_lack_newer_fields(tmp_path):
+    cim, optimiser = build()
+    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["config"]["init"], state["config"]["views"]["exemplars"]["flip"]
+    torch.save(state, tmp_path / "last.pt")
+    assert load(tmp_path, cim, optimiser, 20, PretrainConfig()) == 7
+    with pytest.raises(CheckpointError, match="another configuration: init: '' in the checkpoint, 'run' asked for"):
+        load(tmp_path, cim, optimiser, 20, PretrainConfig(init="run"))
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -188,6 +199,31 @@ def test_files_are_for_whom_the_umask_says(tmp_path, umask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
+def test_a_run_starts_from_what_another_exported(tmp_path):
+    cim, _ = build()
+    export(tmp_path, cim, PretrainConfig(), 1, 2)
+    other, _ = build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    start_from(tmp_path, other)
+    assert_same(other.state_dict(), cim.state_dict())
+
+
+@pytest.mark.parametrize("damage", ["deeper", "absent", "cut", "no folder"])
+def test_exports_that_a_run_cannot_start_from(tmp_path, damage):
+    cim, _ = build()
+    export(tmp_path, build(depth=2)[0] if damage == "deeper" else cim, PretrainConfig(), 1, 2)
+    path = tmp_path / "target.safetensors"
+    if damage == "absent":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    folder = tmp_path / "absent" if damage == "no folder" else tmp_path
+    with pytest.raises(CheckpointError, match=r"(online|target).safetensors: not what a run of this model exports"):
+        start_from(folder, cim)
+
+
 def test_exported_encoders_are_timms(tmp_path):
     torch.manual_seed(0)
     config = PretrainConfig(model="cim_vit_tiny")
@@ -211,6 +247,7 @@ def test_exported_encoders_are_timms(tmp_path):
         assert metadata["architecture"] == "cim_vit_tiny" and json.loads(metadata["model_args"]) == {"img_size": 64}
         assert PretextConfig(**json.loads(metadata["pretext"])) == cim.config
         assert json.loads(metadata["pretext"]) == asdict(cim.config)
+        assert json.loads(metadata["views"])["context_size"] == 160
         assert (metadata["step"], metadata["images_seen"]) == ("12", "3456")
 
 

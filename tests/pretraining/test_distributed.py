@@ -60,8 +60,9 @@ def launch(tmp_path: Path, *arguments: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     changes = {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, tmp_path / "worker.py", *arguments], env={**os.environ, **changes}, capture_output=True, text=True
-    )
+        [*command, tmp_path / "worker.py", *arguments],
+        env={**os.environ, **changes}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
 
 
@@ -90,11 +91,10 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor],
     worst = {}
     for name, tensor in ours.items():
         worst[name] = ((tensor - theirs[name]).abs().max() / tensor.abs().max().clamp_min(1e-6)).item()
-    print(sorted(worst.items(), key=lambda x: -x[1])[:8])
     assert {name: error for name, error in worst.items() if not error <= tolerance} == {}
 
 
-def test_two_processes_are_one(tmp_path, photographs, configure):
+def test_two_processes_are_one(tmp_path, out, photographs, configure):
     images = tmp_path / "images"
     images.mkdir()
     for path in photographs(200, 64).iterdir():
@@ -107,7 +107,7 @@ def test_two_processes_are_one(tmp_path, photographs, configure):
         optimiser__clip=None, optimiser__betas=(0.0, 0.95), pretext__freeze_patch_embed=True,
     )  # fmt: skip
 
-    one, two = (configure(images, tmp_path / name, **changes) for name in ("one", "two"))
+    one, two = (configure(images, out / name, **changes) for name in ("one", "two"))
     one.optimiser.batch_size, two.optimiser.batch_size = 4, 2
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(to_dict(two)))
     files = [tmp_path / name for name in ("views.safetensors", "weights.safetensors", "gradients.safetensors")]
@@ -116,7 +116,7 @@ def test_two_processes_are_one(tmp_path, photographs, configure):
     assert_close(load_file(files[2]), expected, 1e-5)
 
     pretrain(one)
-    texts = [(tmp_path / name / "log.jsonl").read_text() for name in ("one", "two")]
+    texts = [(out / name / "log.jsonl").read_text() for name in ("one", "two")]
     logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [1, 2, 2, 3]
     assert logs[0][1] == logs[1][1] == {"step": 2, "skipped": f"{images / bad}: not an image", "unreadable": 1}
@@ -129,8 +129,8 @@ def test_two_processes_are_one(tmp_path, photographs, configure):
         for name in ("iou", "cosine"):
             assert theirs[name] == pytest.approx(ours[name], abs=1e-4)
 
-    states = [torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two")]
+    states = [torch.load(out / name / "last.pt", weights_only=True) for name in ("one", "two")]
     # With beta1 = 0 the first moment of AdamW is the gradient of the last step.
     moments = [{str(i): s["exp_avg"] for i, s in state["optimiser"]["state"].items()} for state in states]
-    assert_close(*moments, 1e-3)
+    assert_close(*moments, 1e-4)
     assert_close(*(state["model"] for state in states), 1e-3)

@@ -162,6 +162,16 @@ def test_a_run_with_other_images_is_not_resumed(finished, configure, photographs
         pretrain(other)
 
 
+def test_a_run_that_starts_from_another(finished, configure, out):
+    """Its first step is taken with the weights that the other run left, its schedules are its own."""
+    before, config = finished
+    pretrain(configure(config.data.path, out, init=str(before), optimiser__epochs=0.5, optimiser__lr=1e-30))
+    for part in ("online", "head"):
+        ours, theirs = (load_file(run / f"{part}.safetensors") for run in (out, before))
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-7) for name in theirs)
+    assert log_of(out)[0]["step"] == 1 and load_recipe(out / "config.yaml").init == str(before)
+
+
 def test_nothing_to_resume(photographs, configure, out):
     with pytest.raises(CheckpointError, match="run/last.pt: no checkpoint to resume"):
         pretrain(configure(photographs(8, 64), out, resume=True))
