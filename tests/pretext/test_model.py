@@ -51,12 +51,11 @@ def test_shapes_and_the_loss_of_the_logits(family, batch):
     cim = make(family)
     output = cim(*batch)
     assert output.logits.shape == (B, K, S, S) and output.logits.dtype == torch.float32
-    maps = batch[2].float()
-    p = output.logits.sigmoid()
+    maps, p = batch[2].double(), output.logits.double().sigmoid()
     expected = -(maps * p.log() + (1 - maps) * (1 - p).log()).mean()
-    assert torch.allclose(output.loss, expected, atol=1e-5) and output.loss.shape == ()
+    assert torch.allclose(output.loss.double(), expected, atol=1e-5) and output.loss.shape == ()
     assert torch.equal(output.loss, output.correlation_loss) and output.global_loss == 0
-    assert torch.equal(cim(batch[0], batch[1], maps).loss, output.loss)
+    assert torch.equal(cim(*batch[:2], batch[2].float()).loss, output.loss)
 
 
 def test_the_target_sees_contexts_and_the_online_encoder_exemplars(batch):
@@ -89,9 +88,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_else(family, settings, 
     cim(*batch).loss.backward()
     with_gradient = {name for name, p in cim.named_parameters() if p.grad is not None and p.grad.any()}
     expected = set(trained(cim))
-    # an added constant drops out of batch norm, and keys' biases out of the softmax: theirs may be rounding noise
-    assert with_gradient <= expected and all(n.endswith(("bias", "weight")) for n in expected - with_gradient)
-    assert len(expected - with_gradient) <= 1
+    assert with_gradient == expected
     assert not any(name.startswith(("target", "global_target")) for name in expected)
     if family == "vit":
         assert ("online.patch_embed.proj.weight" in expected) is (settings.get("freeze_patch_embed") is False)

@@ -463,8 +463,8 @@ def test_precision(photographs, configure, out, monkeypatch):
     monkeypatch.setattr(loop, "fast_bf16", lambda: False)
     for precision in ("auto", "fp32", "bf16"):
         shutil.rmtree(out, ignore_errors=True)
-        pretrain(configure(photographs(8, 64), out, precision=precision, optimiser__epochs=0.5,
-                           optimiser__batch_size=2 * 2, views__exemplars__count=1))  # fmt: skip
+        pretrain(configure(photographs(8, 64), out, precision=precision, optimiser__epochs=0.25,
+                           optimiser__batch_size=2, views__exemplars__count=1))  # fmt: skip
         lines += log_of(out)
     assert types == [(torch.float32, torch.float32, enabled) for enabled in (False, False, True)]
     assert all(lines[0][name] == lines[1][name] for name in NUMBERS - TIMES)
