@@ -7,9 +7,6 @@ exemplars of T = 64, target and online encoder, backward, AdamW, moving average.
 after the other and projects the context again for each of them, as a straightforward reading of the paper does. Ours
 runs as `cim_models.pretrain` does by default: bf16 where the hardware multiplies it natively, fp32 elsewhere. The rows
 alternate, so that a busy machine slows all; the table gives medians and the median of each round's ratio.
-
-In fp32 matrix products are 85 % of our step, and all but one in twenty of the plain one's are needed: batching alone
-gains 1.2 to 1.5 times, more needs hardware for bf16.
 """
 
 import argparse
