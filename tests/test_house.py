@@ -21,8 +21,7 @@ MAY_KNOW = {
     "pretraining": GROUND | {"backbones", "pretext"},
     "hub": GROUND | {"backbones", "pretext"},
     "evaluation": GROUND | {"backbones", "pretext", "hub"},
-    "quickstart": ROOMS,
-    "cli": ROOMS | {"quickstart", "__init__"},
+    "cli": ROOMS | {"__init__"},
     "__init__": ROOMS,
 }
 """Which rooms a room may import, besides itself; a module at the ground level counts as a room."""

@@ -11,12 +11,11 @@ RESNETS: dict[str, dict[str, Any]] = {
     "cim_resnet50": dict(block=Bottleneck, layers=(3, 4, 6, 3)),
     "cim_resnet101": dict(block=Bottleneck, layers=(3, 4, 23, 3)),
 }
+RESNET_CFG: dict[str, Any] = dict(num_classes=0, crop_pct=0.9, first_conv="conv1", classifier="fc", pool_size=(7, 7))
+"""What timm's `PretrainedCfg` says of the family."""
 
 
 def build_resnet(name: str, **kwargs: Any) -> Any:
     """Builds one of `RESNETS`; see `cim_models.backbones.build`."""
-    default_cfg = PretrainedCfg(
-        architecture=name, num_classes=0, first_conv="conv1", classifier="fc", pool_size=(7, 7), crop_pct=0.9
-    )
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or default_cfg
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or PretrainedCfg(architecture=name, **RESNET_CFG)
     return build_model_with_cfg(ResNet, name, pretrained=False, **{**RESNETS[name], **kwargs})

@@ -33,6 +33,10 @@ def sincos_pos_embed(width: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
 
 
+VIT_CFG: dict[str, Any] = dict(num_classes=0, crop_pct=0.9, first_conv="patch_embed.proj", classifier="head")
+"""What timm's `PretrainedCfg` says of the family."""
+
+
 class VisionTransformer(TimmVisionTransformer):
     """timm's vision transformer, initialised as the method asks.
 
@@ -61,10 +65,7 @@ def build_vit(name: str, **kwargs: Any) -> Any:
     Features are the mean of the patch tokens after the final norm: CIM trains patch tokens, and nothing ever asks the
     class token of a context for anything.
     """
-    default_cfg = PretrainedCfg(
-        architecture=name, num_classes=0, first_conv="patch_embed.proj", classifier="head", crop_pct=0.9
-    )
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or default_cfg
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or PretrainedCfg(architecture=name, **VIT_CFG)
     defaults = dict(VITS[name], global_pool="avg", fc_norm=False, dynamic_img_size=True)
     return build_model_with_cfg(
         VisionTransformer,

@@ -13,7 +13,8 @@ from timm.models import DefaultCfg, PretrainedCfg, is_model, model_entrypoint, r
 from torch import nn
 
 from ..backbones import ARCHITECTURES
-from ..backbones.resnet import RESNETS
+from ..backbones.resnet import RESNET_CFG, RESNETS
+from ..backbones.vit import VIT_CFG
 from .entry import Entry
 from .manifest import Manifest, load_manifest
 from .store import Weights
@@ -37,11 +38,7 @@ def pretrained_cfg(weights: Weights) -> PretrainedCfg:
 
 def _cfg(name: str, **values: Any) -> dict[str, Any]:
     """What timm wants to know of an architecture without weights."""
-    if name in RESNETS:
-        family = dict(first_conv="conv1", classifier="fc", pool_size=(7, 7))
-    else:
-        family = dict(first_conv="patch_embed.proj", classifier="head")
-    return dict(architecture=name, num_classes=0, crop_pct=0.9, **family, **values)
+    return dict(architecture=name, **(RESNET_CFG if name in RESNETS else VIT_CFG), **values)
 
 
 def _released(entry: Entry, root: Path) -> Weights:

@@ -24,7 +24,7 @@ from .folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from .manifest import load_manifest, read_json, write_manifest
 from .store import Header, read_header
 
-LOCAL = ("out", "resume", "log_every", "save_every", "tensorboard")
+LOCAL = ("out", "resume", "init", "log_every", "save_every", "tensorboard")
 """Settings of a run that say nothing about its result; folders of the machine, among others."""
 
 
@@ -178,6 +178,7 @@ def _published_recipe(entry: Entry, config: dict[str, Any], images: int, log: st
         "Hardware": hardware,
         "Time": f"{hours:.1f} hours",
         "Images": f"{images:,} seen",
+        **({"Start": f"the encoders of another run, {Path(config['init']).name}"} if config.get("init") else {}),
     }
     comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())
     return comments + yaml.safe_dump(recipe, sort_keys=False)

@@ -77,12 +77,17 @@ def pretrain(config: PretrainConfig) -> Path:
             f"a step takes {global_batch} images (batch_size × accumulation × processes), too many for "
             f"{optim.epochs} epochs of {len(paths)}; lower optimiser.accumulation or raise optimiser.epochs"
         )
+    if warmup > steps:
+        raise ConfigError(
+            f"optimiser.warmup_epochs is {optim.warmup_epochs}, more than optimiser.epochs {optim.epochs}: the "
+            "learning rate would never reach its peak; lower the one or raise the other"
+        )
 
     # The model and its optimiser
     torch.manual_seed(config.seed)
     prior = location_prior(config.views, config.data.size)
     cim = build(config, prior.log_odds)
-    if config.init:
+    if config.init and not config.resume:
         checkpoint.start_from(Path(config.init), cim)
     if processes > 1 and accelerator.device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)

@@ -74,17 +74,3 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_channel_counts(channels):
     assert small(in_chans=channels)(torch.randn(2, channels, 64, 64)).shape == (2, 512)
-
-
-def test_export():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_compile():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-5)

@@ -158,17 +158,3 @@ def test_images_of_other_sizes_and_shapes():
     wide = small(img_size=(32, 96))
     assert np.allclose(wide.pos_embed[0, 1:].numpy(), formula(192, 2, 6), atol=1e-6)
     assert wide.forward_features(torch.randn(1, 3, 32, 96)).shape == (1, 13, 192)
-
-
-def test_export():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    exported = torch.export.export(model, (x,)).module()
-    assert torch.allclose(exported(x), model(x), atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")
-def test_compile():
-    model, x = small(), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-5)

@@ -1,5 +1,6 @@
 """cim_models.pretraining.checkpoint: nothing is half written, and nothing is read that does not fit."""
 
+import contextlib
 import copy
 import json
 import os
@@ -22,15 +23,17 @@ from cim_models.pretraining.config import PretrainConfig, to_dict
 resource = pytest.importorskip("resource", reason="needs limits on the size of files, which only Unix has")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 4 kB, as on a full disk."""
+    """No file may grow beyond 4 kB, as on a full disk; not even pytest's own output, so keep the block short."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def build(depth: int = 1, **pretext) -> tuple[CIM, torch.optim.Optimizer]:
@@ -175,9 +178,9 @@ def writer(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "bytes"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, small_files, kind):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, kind):
     (tmp_path / "last.pt").write_bytes(b"old")
-    with pytest.raises(CheckpointError, match="last.pt: cannot be written"):
+    with pytest.raises(CheckpointError, match="last.pt: cannot be written"), small_files():
         replace_file(tmp_path / "last.pt", writer(kind))
     assert (tmp_path / "last.pt").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["last.pt"]

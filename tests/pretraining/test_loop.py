@@ -172,6 +172,20 @@ def test_a_run_that_starts_from_another(finished, configure, out):
     assert log_of(out)[0]["step"] == 1 and load_recipe(out / "config.yaml").init == str(before)
 
 
+@pytest.mark.parametrize("wrong", ["absent", "another model"])
+def test_nothing_to_start_from(wrong, finished, configure, photographs, tmp_path, out):
+    first, _ = finished
+    init, changes = (tmp_path / "absent", {}) if wrong == "absent" else (first, {"pretext__head_width": 48})
+    with pytest.raises(CheckpointError, match="safetensors: not what a run of this model exports"):
+        pretrain(configure(photographs(8, 64), out, init=str(init), **changes))
+    assert not out.exists()
+
+
+def test_a_warm_up_longer_than_the_run(configure, photographs, out):
+    with pytest.raises(ConfigError, match="would never reach its peak"):
+        pretrain(configure(photographs(8, 64), out, optimiser__warmup_epochs=3.0))
+
+
 def test_nothing_to_resume(photographs, configure, out):
     with pytest.raises(CheckpointError, match="run/last.pt: no checkpoint to resume"):
         pretrain(configure(photographs(8, 64), out, resume=True))
@@ -465,7 +479,7 @@ def test_precision(photographs, configure, out, monkeypatch):
     for precision in ("auto", "fp32", "bf16"):
         shutil.rmtree(out, ignore_errors=True)
         pretrain(configure(photographs(8, 64), out, precision=precision, optimiser__epochs=0.25,
-                           optimiser__batch_size=2, views__exemplars__count=1))  # fmt: skip
+                           optimiser__warmup_epochs=0, optimiser__batch_size=2, views__exemplars__count=1))  # fmt: skip
         lines += log_of(out)
     assert types == [(torch.float32, torch.float32, enabled) for enabled in (False, False, True)]
     assert all(lines[0][name] == lines[1][name] for name in NUMBERS - TIMES)
