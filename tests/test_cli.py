@@ -41,7 +41,8 @@ def small_run(photographs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "run"
     flags = f"--out {folder} --model cim_vit_tiny --backbone.img-size 64 --data.size 64 --data.workers 0"
     flags += " --views.context-size 64 --views.exemplars.size 32 --views.exemplars.count 2 --precision fp32"
-    flags += " --optimiser.batch-size 4 --optimiser.epochs 1 --optimiser.warmup-epochs 0 --pretext.head-width 64 --pretext.head-heads 4"
+    flags += " --optimiser.batch-size 4 --optimiser.epochs 1 --optimiser.warmup-epochs 0"
+    flags += " --pretext.head-width 64 --pretext.head-heads 4"
     assert cli.main(["pretrain", str(photographs(8, 64)), "--recipe", "cpu-demo", *flags.split()]) == 0
     return folder
 
