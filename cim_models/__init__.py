@@ -11,14 +11,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, CimModelsError, ConfigError, DataError, WeightsError
+from cim_models.errors import CheckpointError, CimModelsError, ConfigError, DataError, WeightsError
 
 if TYPE_CHECKING:
-    from . import evaluation
-    from .hub.load import create_model, create_pretext, create_transform, list_models
-    from .hub.official import import_official
-    from .pretraining.config import PretrainConfig
-    from .pretraining.loop import pretrain
+    from cim_models import evaluation
+    from cim_models.hub.load import create_model, create_pretext, create_transform, list_models
+    from cim_models.hub.official import import_official
+    from cim_models.pretraining.config import PretrainConfig
+    from cim_models.pretraining.loop import pretrain
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from . import __version__
-from .errors import CimModelsError
+from cim_models import __version__
+from cim_models.errors import CimModelsError
 
 if TYPE_CHECKING:
-    from .pretraining.config import PretrainConfig
+    from cim_models.pretraining.config import PretrainConfig
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("cim_models.evaluation.quickstart:quickstart", "features, neighbours and heat maps of your images"),
@@ -129,7 +129,7 @@ def _parse_run(arguments: list[str]) -> "PretrainConfig":
     """The configuration of a run: its fields are flags, whose defaults are those of the recipe."""
     import tyro
 
-    from .pretraining.config import PretrainConfig, load_recipe, recipes
+    from cim_models.pretraining.config import PretrainConfig, load_recipe, recipes
 
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe")
@@ -161,8 +161,8 @@ def verify(names: tuple[str, ...] = (), /) -> list[str]:
     Args:
         names: Ids or architectures; by default all that is released.
     """
-    from .hub.manifest import load_manifest
-    from .hub.verify import verify
+    from cim_models.hub.manifest import load_manifest
+    from cim_models.hub.verify import verify
 
     chosen = names or tuple(load_manifest().entries)
     return [f"{name}  {len(verify(name)['files'])} files, all as recorded" for name in chosen]

@@ -1,5 +1,7 @@
-"""What every test may ask for: the shared material beside the checkout, and photographs made on the spot."""
+"""What every test may ask for: the shared material beside the checkout, photographs made on the spot, full disks."""
 
+import contextlib
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -70,3 +72,25 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int]
         return made[n, size]
 
     return make
+
+
+@pytest.fixture
+def small_files() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """`with small_files():` no file may grow beyond 4 kB, as on a full disk.
+
+    Not even pytest's own output, so keep the block short.
+    """
+    resource = pytest.importorskip("resource", reason="needs limits on the size of files, which only Unix has")
+
+    @contextlib.contextmanager
+    def limit():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limit

@@ -10,11 +10,11 @@ from typing import BinaryIO
 import safetensors
 from torch import Tensor
 
-from ..errors import DataError
-from ..images import find_images
-from .encoders import DEFAULT_MODEL, describe, open_encoder
-from .features import DEFAULT_WORKERS, Pooling, Precision, extract
-from .files import replacing
+from cim_models.errors import DataError
+from cim_models.evaluation.encoders import DEFAULT_MODEL, describe, open_encoder
+from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract
+from cim_models.files import replacing
+from cim_models.images import find_images
 
 
 @dataclass
@@ -79,7 +79,9 @@ def embed(
     batches = extract(
         encoder, files, pooling, batch_size=batch_size, workers=workers, precision=precision, progress="embed"
     )
-    with replacing(out) as file, replacing(names) as lines:
+    with (
+        replacing(out) as features, replacing(names) as texts, features.open("wb") as file, texts.open("wb") as lines
+    ):
         rows = _Rows(file, len(files), metadata)
         for batch in batches:
             if len(batch.indices):

@@ -8,13 +8,13 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from ..backbones import ARCHITECTURES
-from ..errors import ConfigError, WeightsError
-from ..hub.cim import pretrained_cfg
-from ..hub.load import create_model, create_pretext
-from ..hub.names import parse_name
-from ..hub.store import Weights, resolve
-from ..pretext.model import CIM
+from cim_models.backbones import ARCHITECTURES
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub.cim import pretrained_cfg
+from cim_models.hub.load import create_model, create_pretext
+from cim_models.hub.names import parse_name
+from cim_models.hub.store import Weights, resolve
+from cim_models.pretext.model import CIM
 
 DEFAULT_MODEL = "cim_vit_tiny"
 """An architecture whose newest released weights travel with the package."""

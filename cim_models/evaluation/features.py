@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..errors import ConfigError, DataError
-from ..hub.load import create_transform
-from ..images import read_image
+from cim_models.errors import ConfigError, DataError
+from cim_models.hub.load import create_transform
+from cim_models.images import read_image
 
 Pooling: TypeAlias = Literal["patches", "class", "both", "dense"]
 Precision: TypeAlias = Literal["fp32", "bf16"]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, DataError
-from .encoders import describe, open_encoder
-from .features import DEFAULT_WORKERS, Pooling, Precision, extract_all
-from .protocol import Report, check_same_classes, class_folders
+from cim_models.errors import ConfigError, DataError
+from cim_models.evaluation.encoders import describe, open_encoder
+from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract_all
+from cim_models.evaluation.protocol import Report, check_same_classes, class_folders
 
 PROTOCOL = "knn-1"
 KS = (10, 20, 50, 100, 200)

@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..images import read_image
-from ..plots import HEAT
-from ..pretext.views import normalise
-from .encoders import DEFAULT_MODEL, open_pretext
-from .files import replacing
+from cim_models.evaluation.encoders import DEFAULT_MODEL, open_pretext
+from cim_models.files import replacing
+from cim_models.images import read_image
+from cim_models.plots import HEAT
+from cim_models.pretext.views import normalise
 
 LARGEST = 1024
 """Pixels of the longer side of a heat map's picture at most."""

@@ -15,10 +15,10 @@ import torch
 import torchvision
 from torch import Tensor
 
-from .. import __version__
-from ..errors import DataError
-from ..images import find_images
-from .files import replacing
+from cim_models import __version__
+from cim_models.errors import DataError
+from cim_models.files import replacing
+from cim_models.images import find_images
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Report:
         """
         fields = {name: value for name, value in asdict(self).items() if name != "table"}
         with replacing(path) as file:
-            file.write(json.dumps(fields, indent=2).encode() + b"\n")
+            file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]

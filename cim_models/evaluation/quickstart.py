@@ -11,18 +11,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..images import read_image
-from ..plots import correlation_sheet, neighbour_sheet
-from ..pretext import views
-from ..pretext.exemplars import ExemplarConfig
-from ..pretext.views import ViewConfig, denormalise, make_views
-from .embed import embed, load_features
-from .encoders import DEFAULT_MODEL, open_encoder, open_pretext
-from .features import extract_all
-from .files import replacing
-from .knn import nearest
-from .locate import square
+from cim_models.errors import ConfigError
+from cim_models.evaluation.embed import embed, load_features
+from cim_models.evaluation.encoders import DEFAULT_MODEL, open_encoder, open_pretext
+from cim_models.evaluation.features import extract_all
+from cim_models.evaluation.knn import nearest
+from cim_models.evaluation.locate import square
+from cim_models.files import replacing
+from cim_models.images import read_image
+from cim_models.plots import correlation_sheet, neighbour_sheet
+from cim_models.pretext import views
+from cim_models.pretext.exemplars import ExemplarConfig
+from cim_models.pretext.views import ViewConfig, denormalise, make_views
 
 PHOTOGRAPHS = (
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "hubble_deep_field.jpg",
@@ -105,7 +105,7 @@ def quickstart(
     if images is None:
         images = out / "images.txt"
         with replacing(images) as file:
-            file.writelines(os.fsencode(path) + b"\n" for path in photographs())
+            file.write_bytes(b"".join(os.fsencode(path) + b"\n" for path in photographs()))
     features, names = load_features(embed(images, model, out / "features.safetensors", device=device).path)
     shown = _spread(len(names), ROWS)
 

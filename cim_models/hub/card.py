@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError
-from .entry import Entry, Metric
-from .manifest import Manifest
+from cim_models.errors import ConfigError
+from cim_models.hub.entry import Entry, Metric
+from cim_models.hub.manifest import Manifest
 
 RECIPE, LOG = "recipe.yaml", "log.jsonl"
 """Files of a release folder that its card quotes."""

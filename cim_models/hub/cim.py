@@ -12,12 +12,12 @@ from typing import Any
 from timm.models import DefaultCfg, PretrainedCfg, is_model, model_entrypoint, register_model
 from torch import nn
 
-from ..backbones import ARCHITECTURES
-from ..backbones.resnet import RESNET_CFG, RESNETS
-from ..backbones.vit import VIT_CFG
-from .entry import Entry
-from .manifest import Manifest, load_manifest
-from .store import Weights
+from cim_models.backbones import ARCHITECTURES
+from cim_models.backbones.resnet import RESNET_CFG, RESNETS
+from cim_models.backbones.vit import VIT_CFG
+from cim_models.hub.entry import Entry
+from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.store import Weights
 
 __all__: list[str] = []  # register_model adds the names
 
@@ -60,7 +60,7 @@ def _default_cfg(name: str, manifest: Manifest) -> DefaultCfg:
 
 def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        from .load import create_from_timm
+        from cim_models.hub.load import create_from_timm
 
         return create_from_timm(name, pretrained, **kwargs)
 

@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeAlias, cast
 
-from ..errors import ConfigError
+from cim_models.errors import ConfigError
 
 Part: TypeAlias = Literal["backbone", "pretext", "index"]
 """What a file holds: an encoder under timm's names; a `CIM` or its head alone under `CIM`'s; the index of shards."""

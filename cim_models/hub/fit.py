@@ -13,9 +13,9 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..backbones import VisionTransformer
-from ..errors import WeightsError
-from .store import Weights, read_header
+from cim_models.backbones import VisionTransformer
+from cim_models.errors import WeightsError
+from cim_models.hub.store import Weights, read_header
 
 Specs: TypeAlias = dict[str, tuple[tuple[int, ...], bool]]
 """Shape of each tensor, and whether its numbers are floating-point."""

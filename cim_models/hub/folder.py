@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..backbones import VisionTransformer, build
-from ..backbones.vit import VITS
-from ..errors import ConfigError
-from ..pretext.views import DEVIATION, MEAN
-from .card import render_card
-from .cim import pretrained_cfg
-from .entry import Entry, Golden, Preprocessing, WeightFile, key_digest, read_entry, to_dict
-from .load import create_model, create_pretext
-from .store import Weights
-from .verify import golden_output
+from cim_models.backbones import VisionTransformer, build
+from cim_models.backbones.vit import VITS
+from cim_models.errors import ConfigError
+from cim_models.hub.card import render_card
+from cim_models.hub.cim import pretrained_cfg
+from cim_models.hub.entry import Entry, Golden, Preprocessing, WeightFile, key_digest, read_entry, to_dict
+from cim_models.hub.load import create_model, create_pretext
+from cim_models.hub.store import Weights
+from cim_models.hub.verify import golden_output
+from cim_models.pretext.views import DEVIATION, MEAN
 
 Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 Tensors: TypeAlias = Mapping[Literal["backbone", "pretext"], Mapping[str, Tensor]]

@@ -17,15 +17,15 @@ from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from ..backbones import ARCHITECTURES, build
-from ..errors import ConfigError, WeightsError
-from ..pretext.model import CIM, PretextConfig
-from . import fit
-from .cim import pretrained_cfg
-from .entry import Part
-from .manifest import Manifest, load_manifest
-from .names import Name, close_to, parse_name
-from .store import Weights, resolve
+from cim_models.backbones import ARCHITECTURES, build
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub import fit
+from cim_models.hub.cim import pretrained_cfg
+from cim_models.hub.entry import Part
+from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.names import Name, close_to, parse_name
+from cim_models.hub.store import Weights, resolve
+from cim_models.pretext.model import CIM, PretextConfig
 
 NOT_OF_A_MODEL = ("features_only", "out_indices", "feature_cls", "pretrained_cfg_overlay")
 """Arguments of timm's builder that say nothing about the tensors."""

@@ -4,7 +4,6 @@ The file is `{"version": 1, "entries": {id: entry}}`, an entry being `Entry` as 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any
 
 import yaml
 
-from ..errors import ConfigError, WeightsError
-from .entry import Data as Data
-from .entry import Entry, Part, read_entry, to_dict
-from .entry import Golden as Golden
-from .entry import Metric as Metric
-from .entry import Preprocessing as Preprocessing
-from .entry import Pretext as Pretext
-from .entry import WeightFile as WeightFile
-from .entry import key_digest as key_digest
-from .names import close_to, parse_name
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.files import replacing
+from cim_models.hub.entry import Data as Data
+from cim_models.hub.entry import Entry, Part, read_entry, to_dict
+from cim_models.hub.entry import Golden as Golden
+from cim_models.hub.entry import Metric as Metric
+from cim_models.hub.entry import Preprocessing as Preprocessing
+from cim_models.hub.entry import Pretext as Pretext
+from cim_models.hub.entry import WeightFile as WeightFile
+from cim_models.hub.entry import key_digest as key_digest
+from cim_models.hub.names import close_to, parse_name
 
 NAME = "weights_manifest.json"
 VERSION = 1
@@ -101,16 +101,9 @@ def write_manifest(manifest: Manifest) -> Path:
     entries = {id: to_dict(entry) for id, entry in sorted(manifest.entries.items())}
     for id, value in entries.items():
         read_entry(value, f"{path}: entry {id}")
-    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"version": VERSION, "entries": entries}, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps({"version": VERSION, "entries": entries}, indent=2, ensure_ascii=False)
+    with replacing(path) as file:
+        file.write_text(f"{text}\n", encoding="utf-8")
     return path
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError
+from cim_models.errors import ConfigError
 
 
 @dataclass(frozen=True)

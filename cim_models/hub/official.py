@@ -18,12 +18,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..backbones import build
-from ..backbones.vit import VITS, sincos_pos_embed
-from ..errors import CheckpointError, ConfigError
-from ..pretext.model import CIM, PretextConfig
-from .entry import Entry, Pretext
-from .folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
+from cim_models.backbones import build
+from cim_models.backbones.vit import VITS, sincos_pos_embed
+from cim_models.errors import CheckpointError, ConfigError
+from cim_models.hub.entry import Entry, Pretext
+from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
+from cim_models.pretext.model import CIM, PretextConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, WeightsError
-from ..pretext.model import PretextConfig
-from .card import LOG, NOT_STATED, RECIPE, update_readme
-from .entry import Data, Entry, Metric, Pretext
-from .folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
-from .manifest import load_manifest, read_json, write_manifest
-from .store import Header, read_header
+from cim_models.errors import CheckpointError, ConfigError, WeightsError
+from cim_models.hub.card import LOG, NOT_STATED, RECIPE, update_readme
+from cim_models.hub.entry import Data, Entry, Metric, Pretext
+from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
+from cim_models.hub.manifest import load_manifest, read_json, write_manifest
+from cim_models.hub.store import Header, read_header
+from cim_models.pretext.model import PretextConfig
 
 LOCAL = ("out", "resume", "init", "log_every", "save_every", "tensorboard")
 """Settings of a run that say nothing about its result; folders of the machine, among others."""

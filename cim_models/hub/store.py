@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError, WeightsError
-from .entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
-from .manifest import Manifest, load_manifest, read_json
-from .names import parse_name
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
+from cim_models.hub.manifest import Manifest, load_manifest, read_json
+from cim_models.hub.names import parse_name
 
 MIRROR = "CIM_MODELS_MIRROR"
 """Environment variable: a folder laid out like the repository, or a release folder."""

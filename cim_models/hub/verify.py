@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, WeightsError
-from ..pretext.model import CIM
-from .entry import Golden, Part, key_digest
-from .load import create_model, create_pretext
-from .manifest import Manifest, load_manifest
-from .store import read_header, released_files
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub.entry import Golden, Part, key_digest
+from cim_models.hub.load import create_model, create_pretext
+from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.store import read_header, released_files
+from cim_models.pretext.model import CIM
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 

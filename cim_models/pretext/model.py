@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cim_models.backbones.tokens import Encoder, Tokens, encode, resample_pos_embed
 from cim_models.backbones.vit import VisionTransformer
@@ -115,8 +117,9 @@ class CIM(nn.Module):
             maps: (B, K, S, S) bool or in [0, 1].
         """
         tokens = self.encode_context(context)
-        sequence, summaries = self.encode_exemplars(exemplars)
-        logits = self.head(tokens, sequence, context.shape[-1])
+        with self._trained_attention(context.device):
+            sequence, summaries = self.encode_exemplars(exemplars)
+            logits = self.head(tokens, sequence, context.shape[-1])
         correlation_loss = F.binary_cross_entropy_with_logits(logits, maps.float())
         per_image = exemplars.shape[1] if self.config.reduction == "sum" else 1
         correlation_loss = correlation_loss * per_image
@@ -153,6 +156,14 @@ class CIM(nn.Module):
         images = exemplars.flatten(0, 1)
         tokens = encode(self.online, images, self.pos_embed(images))
         return tuple(x.unflatten(0, exemplars.shape[:2]) for x in (tokens.sequence, tokens.summary))
+
+    def _trained_attention(self, device: torch.device) -> AbstractContextManager[None]:
+        """The attention that is fastest forward and backward for the few tokens of exemplars: on a CPU the plain one.
+
+        Checkpointed activations are computed again outside of this block, hence by torch's own choice at all times.
+        """
+        plain = device.type == "cpu" and not getattr(self.online, "grad_checkpointing", False)
+        return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
 
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:

@@ -1,12 +1,8 @@
 """What a run keeps: `last.pt` to go on from, and its encoders as safetensors."""
 
-import contextlib
 import json
-import os
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +12,24 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cim_models.errors import CheckpointError
+from cim_models.files import replacing
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
 
 NOT_COMPARED = ("out", "resume", "log_every", "save_every", "tensorboard", "data.workers", "data.path")
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside `path`, flushes it to disk and renames it: `path` is the old file or the whole new one.
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Writes plain data as one file, whole or not at all.
 
     Raises:
         CheckpointError: If it cannot be written; what was there before is kept.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that only their owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be written, is the disk full? {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with replacing(path, CheckpointError) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"is the disk full? {error}") from error
 
 
 def save(
@@ -56,7 +44,7 @@ def save(
         "optimiser": optimiser.state_dict(),
         "config": to_dict(config),
     }
-    replace_file(directory / "last.pt", lambda path: torch.save(state, path))
+    save_state(state, directory / "last.pt")
 
 
 def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int, config: PretrainConfig) -> int:
@@ -135,7 +123,8 @@ def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_
     }
     for name, module in _parts(cim).items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-        replace_file(directory / f"{name}.safetensors", partial(save_file, tensors, metadata=metadata))
+        with replacing(directory / f"{name}.safetensors", CheckpointError) as file:
+            save_file(tensors, file, metadata=metadata)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

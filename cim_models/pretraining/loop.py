@@ -5,7 +5,6 @@ import logging
 import os
 import time
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cim_models import backbones
-from cim_models.errors import ConfigError
+from cim_models.errors import CheckpointError, ConfigError
+from cim_models.files import replacing
 from cim_models.images import find_images
 from cim_models.plots import correlation_sheet
 from cim_models.pretext import views as views_module
@@ -174,7 +174,8 @@ def pretrain(config: PretrainConfig) -> Path:
                 checkpoint.save(directory, cim, optimiser, done, steps, config)
                 checkpoint.export(directory, cim, config, done, done * global_batch)
                 sheet = draw_samples(views, output.logits)
-                checkpoint.replace_file(directory / "samples.png", partial(sheet.save, format="png"))
+                with replacing(directory / "samples.png", CheckpointError) as file:
+                    sheet.save(file, format="png")
             if saves:
                 accelerator.wait_for_everyone()
 
@@ -248,8 +249,10 @@ class Log:
         except OSError as error:
             raise ConfigError(f"out is {directory}, where no folder can be made: {error.strerror}") from error
         text = yaml.safe_dump(to_dict(config), sort_keys=False)
-        checkpoint.replace_file(directory / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
-        checkpoint.replace_file(self.path, lambda path: path.write_bytes(b"".join(kept)))
+        with replacing(directory / "config.yaml", CheckpointError) as file:
+            file.write_text(text, encoding="utf-8")
+        with replacing(self.path, CheckpointError) as file:
+            file.write_bytes(b"".join(kept))
         if config.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -290,7 +293,7 @@ def _stop_at(
     name = "loss" if bad < len(read) else "norm of the gradient"
     path = directory / f"nonfinite-step{step}-rank{rank}.pt"
     kept = {"step": step, "losses": values[:-1].tolist(), "grad_norm": float(values[-1]), "config": to_dict(config)}
-    checkpoint.replace_file(path, lambda p: torch.save({**kept, **read[min(bad, len(read) - 1)]}, p))
+    checkpoint.save_state({**kept, **read[min(bad, len(read) - 1)]}, path)
     return (
         f"the {name} is {float(values[bad])} at step {step}: the batch is saved as {path}, and last.pt beside it, if "
         "there is one, is the last good checkpoint; try a lower optimiser.lr, a longer warm-up or optimiser.clip"

@@ -7,7 +7,6 @@ import pytest
 
 from cim_models import __version__
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.files import replacing
 from cim_models.evaluation.knn import evaluate_knn
 from cim_models.evaluation.protocol import check_same_classes, class_folders
 from cim_models.images import find_images
@@ -104,17 +103,3 @@ def test_settings_that_cannot_work(splits, run):
     with pytest.raises(DataError, match="16 images are too few for k=20"):
         evaluate_knn(str(run), *folders, splits / "k.json", ks=(20, 50), workers=0)
     assert not (splits / "k.json").exists()
-
-
-def test_files_appear_when_they_are_complete(tmp_path):
-    path = tmp_path / "new" / "file"
-    with pytest.raises(FileNotFoundError), replacing(path) as file:
-        file.write(b"half")
-        (tmp_path / "another").read_bytes()
-    assert not list(path.parent.iterdir())
-    for content in (b"first", b"second"):
-        with replacing(path) as file:
-            file.write(content)
-        assert path.read_bytes() == content and [path] == list(path.parent.iterdir())
-    with pytest.raises(ConfigError, match="cannot be written"), replacing(path / "below"):
-        pass

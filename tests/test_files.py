@@ -1,0 +1,70 @@
+"""cim_models.files: a file is the old one or the whole new one."""
+
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cim_models.errors import CheckpointError, ConfigError
+from cim_models.files import replacing
+
+
+def fill(path, kind: str):
+    """Writes 400 kB or 100 kB, with safetensors or without."""
+    if kind == "safetensors":
+        save_file({"a": torch.zeros(100_000)}, path)
+    else:
+        path.write_bytes(bytes(100_000))
+
+
+def names(folder) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bytes"])
+@pytest.mark.parametrize("error", [ConfigError, CheckpointError])
+def test_a_full_disk_leaves_the_old_file(tmp_path, kind, error, small_files):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error, match="file: cannot be written"), small_files(), replacing(path, error) as new:
+        fill(new, kind)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_folders_are_made_and_files_replaced(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    for content in (b"first", b"second"):
+        with replacing(path) as new:
+            new.write_bytes(content)
+        assert path.read_bytes() == content
+        assert names(path.parent) == ["file"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    path = tmp_path / "a" / "file"
+    path.parent.write_bytes(b"")
+    with pytest.raises(ConfigError, match="file: cannot be written: "), replacing(path):
+        raise AssertionError("nothing to write to")
+
+
+def test_errors_of_others_are_not_ours(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), replacing(tmp_path / "file"):
+        (tmp_path / "elsewhere").read_bytes()
+    with pytest.raises(KeyError), replacing(tmp_path / "file"):
+        raise KeyError("x")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_for_whom_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for kind in ("safetensors", "bytes"):
+            with replacing(tmp_path / kind) as new:
+                fill(new, kind)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
