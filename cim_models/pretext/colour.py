@@ -71,7 +71,7 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
         x = adjust_saturation(x, torch.where(grey < config.grey, 0.0, 1.0))
     if config.blur > 0:
         deviation = config.sigma[0] + (config.sigma[1] - config.sigma[0]) * sigma
-        x = torch.lerp(x, gaussian_blur(x, deviation), _each(blur < config.blur).to(x.dtype))
+        x = _blur_some(x, deviation, blur < config.blur)
     if config.solarise > 0:
         x = solarise(x, solar < config.solarise)
     return x.view_as(exemplars)
@@ -94,7 +94,8 @@ def adjust_brightness(x: Tensor, factors: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factors: Tensor) -> Tensor:
     """Scales the difference from the mean luma of each picture."""
-    return torch.lerp(greyscale(x).mean(dim=(1, 2, 3), keepdim=True), x, _each(factors)).clamp_(0, 1)
+    mean_luma = greyscale(x.mean(dim=(2, 3), keepdim=True))
+    return torch.lerp(mean_luma, x, _each(factors)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factors: Tensor) -> Tensor:
@@ -122,6 +123,14 @@ def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
     rows, columns = (_blur_matrices(n, sigmas.to(x.dtype)) for n in x.shape[2:])
     across = (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
     return (rows[:, None] @ across).clamp_(0, 1)
+
+
+def _blur_some(x: Tensor, sigmas: Tensor, chosen: Tensor) -> Tensor:
+    """Blurs the pictures of (N, 3, H, W) that (N,) bool chooses; where it is a CPU, the others cost nothing."""
+    if x.device.type == "cpu":
+        rows = chosen.nonzero().squeeze(1)
+        return x.index_copy(0, rows, gaussian_blur(x[rows], sigmas[rows]))
+    return torch.where(_each(chosen), gaussian_blur(x, sigmas), x)
 
 
 def _blur_matrices(size: int, sigmas: Tensor) -> Tensor:
