@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
     "pretrain": ("cim_models.pretraining.loop:pretrain", "pretrain an encoder on a folder of images"),
     "evaluate knn": ("cim_models.evaluation.knn:evaluate_knn", "nearest-neighbour accuracy of an encoder"),
+    "evaluate correlation": (
+        "cim_models.evaluation.correlation:evaluate_correlation",
+        "how well exemplars are found in pictures of a folder",
+    ),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
 }

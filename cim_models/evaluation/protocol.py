@@ -33,10 +33,16 @@ class ClassFolders:
     """(N,) int64: index into `classes` of each path."""
 
     def fingerprint(self) -> dict[str, Any]:
-        """Says which images these are: how many, and a sha256 over their sorted relative paths and sizes."""
-        lines = sorted(f"{path.relative_to(self.root).as_posix()}\t{path.stat().st_size}" for path in self.paths)
-        digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-        return dict(path=str(self.root), images=len(self.paths), classes=len(self.classes), sha256=digest)
+        """Says which images these are, of how many classes."""
+        return {**fingerprint(self.paths, self.root), "classes": len(self.classes)}
+
+
+def fingerprint(paths: Sequence[Path], root: Path) -> dict[str, Any]:
+    """Says which images these are: how many, and a sha256 over their sorted paths below `root` and their sizes."""
+    names = (path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name for path in paths)
+    lines = sorted(f"{name}\t{path.stat().st_size}" for name, path in zip(names, paths, strict=True))
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"path": str(root), "images": len(paths), "sha256": digest}
 
 
 def class_folders(root: str | Path, limit_per_class: int | None = None) -> ClassFolders:

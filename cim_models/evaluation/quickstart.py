@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cim_models.errors import ConfigError
+from cim_models.evaluation.correlation import central
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.encoders import DEFAULT_MODEL, open_encoder, open_pretext
 from cim_models.evaluation.features import extract_all
@@ -22,6 +23,7 @@ from cim_models.images import read_image
 from cim_models.plots import correlation_sheet, neighbour_sheet
 from cim_models.pretext import views
 from cim_models.pretext.exemplars import ExemplarConfig
+from cim_models.pretext.measures import iou
 from cim_models.pretext.views import ViewConfig, denormalise, make_views
 
 PHOTOGRAPHS = (
@@ -150,7 +152,7 @@ def _correlation(names: Sequence[str], model: str, device: str | None) -> tuple[
     """The sheet of `correlation.png`; the overlap of true and predicted places, also with exchanged exemplars."""
     pretext, size, exemplar_size = open_pretext(model, device)
     config = ViewConfig(context_size=size, exemplars=ExemplarConfig(count=EXEMPLARS, size=exemplar_size))
-    sources = torch.stack([square(_central(read_image(name)), 2 * size) for name in names])
+    sources = torch.stack([square(central(read_image(name)), 2 * size) for name in names])
     uniforms = torch.rand(len(names), EXEMPLARS, views.DRAWS, generator=torch.Generator().manual_seed(0))
     context, exemplars, maps = make_views(sources, uniforms, config)
     place = next(pretext.parameters()).device
@@ -158,14 +160,7 @@ def _correlation(names: Sequence[str], model: str, device: str | None) -> tuple[
     other = pretext.locate(context.to(place), exemplars.roll(1, 0).to(place)).cpu() if len(names) > 1 else None
     captions = [Path(name).name for name in names]
     sheet = correlation_sheet(denormalise(context), denormalise(exemplars), maps, heat, captions)
-    return sheet, _iou(heat, maps), None if other is None else _iou(other, maps)
-
-
-def _iou(probabilities: Tensor, maps: Tensor) -> float:
-    """Mean intersection over union of (B, K, S, S) maps with what is above one half."""
-    predicted = probabilities > 0.5
-    union = (predicted | maps).sum(dim=(2, 3)).clamp_min(1)
-    return float(((predicted & maps).sum(dim=(2, 3)) / union).mean())
+    return sheet, float(iou(heat > 0.5, maps)), None if other is None else float(iou(other > 0.5, maps))
 
 
 def _tile_neighbours(
@@ -220,11 +215,6 @@ def _tiles(image: Image.Image) -> list[Image.Image]:
     image = image.resize((width, height)) if image.size != (width, height) else image
     x, y = ([round(i * side / GRID) for i in range(GRID + 1)] for side in (width, height))
     return [image.crop((x[c], y[r], x[c + 1], y[r + 1])) for r in range(GRID) for c in range(GRID)]
-
-
-def _central(image: Image.Image) -> Image.Image:
-    """The central square of a picture."""
-    return ImageOps.fit(image, (min(image.size),) * 2)
 
 
 def _spread(length: int, count: int) -> list[int]:
