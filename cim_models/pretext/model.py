@@ -33,6 +33,8 @@ class PretextConfig:
     """Weight of the correlation loss."""
     global_weight: float = 0.0
     """Weight of the global loss; without it the model has no global head."""
+    global_summary: Literal["class", "mean"] = "class"
+    """What the global loss compares: class tokens, as in the released code, or the means of patch tokens."""
     global_hidden: int = 4096
     """Hidden width of the global head."""
     global_temperature: float = 0.2
@@ -125,6 +127,9 @@ class CIM(nn.Module):
         correlation_loss = correlation_loss * per_image
         global_loss = torch.zeros_like(correlation_loss)
         if self.global_head is not None and self.global_target is not None:
+            if self.config.global_summary == "mean":
+                summaries = sequence[:, :, tokens.prefix.shape[1] :].mean(dim=2)
+                tokens = tokens._replace(summary=tokens.patches.mean(dim=1))
             with torch.no_grad():
                 contexts, first = self.gather(self.global_target(tokens.summary))
             losses = info_nce(self.global_head(summaries), contexts, first, self.config.global_temperature)

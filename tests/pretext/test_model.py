@@ -174,14 +174,18 @@ def test_cosine_correlation(batch):
     assert torch.allclose(output.logits, expected, atol=1e-5)
 
 
-def test_the_global_loss_is_info_nce_of_exemplars_and_their_contexts(batch):
-    cim = make(global_weight=0.7, correlation_weight=0.3)
+@pytest.mark.parametrize("summary", ["class", "mean"])
+def test_the_global_loss_is_info_nce_of_exemplars_and_their_contexts(batch, summary):
+    cim = make(global_weight=0.7, correlation_weight=0.3, global_summary=summary)
     once = copy.deepcopy(cim)
     output = cim(*batch)
-    contexts = once.global_target(output.context.summary)
+    context, exemplars = output.context.summary, output.exemplars[:, :, 0]
+    if summary == "mean":
+        context, exemplars = output.context.patches.mean(dim=1), output.exemplars[:, :, 1:].mean(dim=2)
+    contexts = once.global_target(context)
     losses = []
     for k in range(K):
-        predictions = once.global_head.predictor(once.global_head.projector(output.exemplars[:, k, 0]))
+        predictions = once.global_head.predictor(once.global_head.projector(exemplars[:, k]))
         losses.append(info_nce(predictions[:, None], contexts, 0, 0.2)[0])
     assert torch.allclose(output.global_loss, torch.stack(losses).mean(), atol=1e-4)
     assert torch.allclose(output.loss, 0.3 * output.correlation_loss + 0.7 * output.global_loss, atol=1e-6)
