@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cim_models.pretext.exemplars import DRAWS, cover, draw_rectangles
+from cim_models.pretext.exemplars import DRAWS, Rectangles, cover, draw_rectangles
 from cim_models.pretext.model import CIM, Output
 from cim_models.pretext.views import ViewConfig, Views
+
+CHUNK = 256
+"""Rectangles whose maps are made at once: more do not stay in a processor's caches."""
 
 
 class Prior(NamedTuple):
@@ -34,11 +37,15 @@ def location_prior(config: ViewConfig, source_size: int, draws: int = 8192) -> P
     """
     uniforms = torch.rand(draws, 1, DRAWS, generator=torch.Generator().manual_seed(0))
     rectangles = draw_rectangles(uniforms, source_size, source_size, config.exemplars)
-    maps = cover(rectangles, (source_size, source_size), min(config.context_size, 64))
-    inside = maps.float().mean(dim=(0, 1)).double()
-    mean = inside.mean()
-    overlap = iou((inside > 0.5).expand_as(maps), maps).item()
-    return Prior(_entropy(inside).mean().item(), overlap, _entropy(mean).item(), torch.logit(mean).item())
+    chunks = zip(*(values.split(CHUNK) for values in rectangles), strict=True)
+    size, side = (source_size, source_size), min(config.context_size, 64)
+    maps = torch.cat([cover(Rectangles(*chunk), size, side).flatten(1).float() for chunk in chunks])
+    inside = maps.mean(dim=0)
+    mean, best = inside.double().mean(), (inside > 0.5).float()
+    intersection = maps @ best
+    union = maps.sum(dim=1) + best.sum() - intersection
+    overlap = torch.where(union > 0, intersection / union.clamp_min(1), 1.0).mean().item()
+    return Prior(_entropy(inside.double()).mean().item(), overlap, _entropy(mean).item(), torch.logit(mean).item())
 
 
 def iou(predicted: Tensor, maps: Tensor) -> Tensor:
