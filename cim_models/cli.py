@@ -24,11 +24,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("cim_models.evaluation.embed:embed", "write the features of a folder of images"),
     "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
     "pretrain": ("cim_models.pretraining.loop:pretrain", "pretrain an encoder on a folder of images"),
-    "evaluate knn": ("cim_models.evaluation.knn:evaluate_knn", "nearest-neighbour accuracy of an encoder"),
     "evaluate correlation": (
-        "cim_models.evaluation.correlation:evaluate_correlation",
+        "cim_models.evaluation.correlation:correlation",
         "how well exemplars are found in pictures of a folder",
     ),
+    "evaluate knn": ("cim_models.evaluation.knn:knn", "nearest-neighbour accuracy of an encoder"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
 }

@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -152,8 +153,9 @@ def test_evaluate_knn(tmp_path, photographs, small_run, capsys):
     data, out = str(tmp_path / "data"), tmp_path / "knn.json"
     arguments = ["evaluate", "knn", str(small_run), data, data, "--ks", "1", "3", "--workers", "0", "--out", str(out)]
     code, printed, _ = usage(arguments, capsys)
-    assert code == 0 and printed.splitlines()[1].split() == ["1", "100.00%"]
-    assert json.loads(out.read_text())["result"]["top1"]["1"] == 1
+    assert code == 0 and printed.splitlines()[1].split() == ["k=1", "100.00"]
+    saved = json.loads(out.read_text())
+    assert saved["result"]["scores"]["k=1"] == 1 and sorted(shlex.split(saved["command"])[1:]) == sorted(arguments)
 
 
 def test_quickstart_and_locate(tmp_path, photographs, small_run, capsys):

@@ -1,16 +1,15 @@
 """Is the encoder any good? Features, nearest neighbours, and a first look at both."""
 
-from cim_models.evaluation.correlation import evaluate_correlation
+from cim_models.evaluation.correlation import correlation
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.features import extract, extract_all, pool
-from cim_models.evaluation.knn import evaluate_knn, knn
+from cim_models.evaluation.knn import knn
 from cim_models.evaluation.locate import locate
 from cim_models.evaluation.quickstart import quickstart
 
 __all__ = [
+    "correlation",
     "embed",
-    "evaluate_correlation",
-    "evaluate_knn",
     "extract",
     "extract_all",
     "knn",

@@ -11,7 +11,8 @@ from torch import Tensor
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract_all
-from cim_models.evaluation.protocol import Report, check_same_classes, class_folders
+from cim_models.evaluation.protocol import Report, command_of, variant
+from cim_models.evaluation.splits import check_same_classes, read_split
 
 PROTOCOL = "knn-1"
 KS = (10, 20, 50, 100, 200)
@@ -97,7 +98,7 @@ def knn_predict(
         yield predictions
 
 
-def knn(
+def knn_accuracy(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
@@ -123,7 +124,7 @@ def knn(
     return {k: count / len(test_features) for k, count in hits.items()}
 
 
-def evaluate_knn(
+def knn(
     model: str,
     train: Path,
     val: Path,
@@ -166,9 +167,10 @@ def evaluate_knn(
         DataError: If the folders hold fewer than two classes, differ in them, or hold an empty one.
         ConfigError: If a setting cannot work.
     """
+    command = command_of("evaluate knn", knn, locals())
     if pooling == "dense":
         raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
-    splits = {"train": class_folders(train, limit_per_class), "val": class_folders(val, limit_per_class)}
+    splits = {"train": read_split(train, limit_per_class), "val": read_split(val, limit_per_class)}
     check_same_classes(*splits.values())
     encoder = open_encoder(model, random_init=random_init, image_size=image_size, device=device)
     extracted = {
@@ -183,10 +185,10 @@ def evaluate_knn(
     if not usable:
         raise DataError(f"{train}: {len(features['train'])} images are too few for k={min(ks)}; give a smaller k")
     queries = features["val"].to(next(encoder.parameters()).device)
-    accuracies = knn(features["train"], labels["train"], queries, labels["val"], usable, temperature)
+    accuracies = knn_accuracy(features["train"], labels["train"], queries, labels["val"], usable, temperature)
 
     report = Report(
-        protocol=PROTOCOL,
+        protocol=variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
         model=describe(encoder, model, random_init=random_init),
         data={
             name: {**split.fingerprint(), "unreadable": list(extracted[name].unreadable.values())}
@@ -200,11 +202,12 @@ def evaluate_knn(
             "limit_per_class": limit_per_class,
         },
         result={
-            "top1": {str(k): accuracy for k, accuracy in accuracies.items()},
+            "metric": "top-1",
+            "scores": {f"k={k}": accuracy for k, accuracy in accuracies.items()},
             "headline": accuracies.get(HEADLINE),
             "chance": 1 / len(splits["val"].classes),
         },
-        table=[("k", "top-1"), *((str(k), f"{accuracy:.2%}") for k, accuracy in accuracies.items())],
+        command=command,
     )
     report.save(out)
     return report

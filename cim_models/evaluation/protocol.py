@@ -1,125 +1,131 @@
-"""What makes a number repeatable: class folders with a fingerprint, and a report of what was measured and how."""
+"""What makes a number repeatable: a report of what was measured and how, as one JSON file."""
 
-import hashlib
+import inspect
 import json
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from platform import python_version
+from statistics import mean, stdev
 from typing import Any
 
 import timm
 import torch
 import torchvision
-from torch import Tensor
 
 from cim_models import __version__
-from cim_models.errors import DataError
 from cim_models.files import replacing
-from cim_models.images import find_images
 
 
-@dataclass
-class ClassFolders:
-    """The images of a split: one folder per class."""
-
-    root: Path
-    classes: list[str]
-    """Names of the folders, sorted."""
-    paths: list[Path]
-    labels: Tensor
-    """(N,) int64: index into `classes` of each path."""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Says which images these are, of how many classes."""
-        return {**fingerprint(self.paths, self.root), "classes": len(self.classes)}
+def _command_line() -> str:
+    program, *arguments = sys.argv
+    name = Path(program).name
+    return shlex.join([*(["cim"] if name in ("cim", "cim.exe", "cli.py") else ["python", name]), *arguments])
 
 
-def fingerprint(paths: Sequence[Path], root: Path) -> dict[str, Any]:
-    """Says which images these are: how many, and a sha256 over their sorted paths below `root` and their sizes."""
-    names = (path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name for path in paths)
-    lines = sorted(f"{name}\t{path.stat().st_size}" for name, path in zip(names, paths, strict=True))
-    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"path": str(root), "images": len(paths), "sha256": digest}
+def _versions() -> dict[str, str]:
+    packages = {package.__name__: str(package.__version__) for package in (torch, torchvision, timm)}
+    return {"cim_models": __version__, "python": python_version(), **packages}
 
 
-def class_folders(root: str | Path, limit_per_class: int | None = None) -> ClassFolders:
-    """Lists a folder of class folders, whose images may lie at any depth.
-
-    Args:
-        root: The folder.
-        limit_per_class: Only so many images of each class, the first in order of their paths.
-
-    Raises:
-        DataError: If there are fewer than two classes, one is empty, or an image lies in none.
-    """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; give a folder that holds one folder of images per class")
-    found: dict[str, list[Path]] = {
-        folder.name: [] for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")
-    }
-    for path in find_images(root):
-        name = path.relative_to(root).parts[0]
-        if name not in found:
-            raise DataError(f"{path}: this image is in no class folder; move it into one below {root}")
-        found[name].append(path)
-    empty = [name for name, paths in found.items() if not paths]
-    if empty:
-        raise DataError(f"{root / empty[0]}: this class folder holds no image; fill it or remove it")
-    if len(found) < 2:
-        raise DataError(f"{root}: {len(found)} class folder; accuracy needs at least two")
-    chosen = [(path, label) for label, name in enumerate(found) for path in found[name][:limit_per_class]]
-    paths, labels = zip(*chosen, strict=True)
-    return ClassFolders(root, list(found), list(paths), torch.tensor(labels))
-
-
-def check_same_classes(train: ClassFolders, val: ClassFolders) -> None:
-    """Raises DataError, naming the folders, if two splits hold different classes."""
-    for split, other in ((train, val), (val, train)):
-        extra = sorted(set(split.classes) - set(other.classes))
-        if extra:
-            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-            raise DataError(f"{split.root} has class folders that {other.root} has not: {names}")
+def commit() -> str | None:
+    """The commit of the checkout that the package runs from, with `-dirty` if files differ; None if it is installed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], check=True, capture_output=True)
+        name = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], check=True, capture_output=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return name.stdout.decode().strip()
 
 
 @dataclass
 class Report:
-    """A measurement and how it was made; `str` gives its table, `save` writes all of it."""
+    """A measurement and how it was made; `str` gives its table, `save` writes all of it.
+
+    `result` holds what was found, shares in [0, 1]:
+
+    - `metric`: what is measured, such as `top-1`;
+    - `scores`: name → a share, or a list with one for each draw;
+    - `headline`: the one that stands for all, a mean over draws, or None if it was not measured;
+    - `chance`: what guessing reaches, where that is known;
+    - `history`: where it was measured on the way, a list of {`epoch`, `images_seen`, `score`};
+
+    and whatever else the protocol finds.
+    """
 
     protocol: str
-    """Name and version: results of different versions are not compared."""
+    """Name and version, `variant` of it: results of different ones are not compared."""
     model: dict[str, Any]
     """`encoders.describe`: name, transform, sha256 of the weights."""
     data: dict[str, dict[str, Any]]
     """For each split its fingerprint."""
     settings: dict[str, Any]
+    """All that the result depends on beside model and data; `seed` is what differs between repetitions."""
     result: dict[str, Any]
-    table: Sequence[Sequence[str]]
-    """Rows to print, the heading first."""
-    command: str = field(default_factory=lambda: shlex.join(sys.argv))
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "cim_models": __version__,
-            "python": python_version(),
-            **{package.__name__: str(package.__version__) for package in (torch, torchvision, timm)},
-        }
-    )
+    command: str = field(default_factory=_command_line)
+    versions: dict[str, str] = field(default_factory=_versions)
+    commit: str | None = field(default_factory=commit)
 
     def save(self, path: Path) -> None:
-        """Writes everything but the table as JSON.
+        """Writes all of it as JSON.
 
         Raises:
             ConfigError: If it cannot be written.
         """
-        fields = {name: value for name, value in asdict(self).items() if name != "table"}
         with replacing(path) as file:
-            file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in self.table
-        )
+        rows = [("", self.result["metric"]), *((name, percent(score)) for name, score in self.result["scores"].items())]
+        if self.result.get("chance") is not None:
+            rows.append(("chance", percent(self.result["chance"])))
+        names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(f"{name:<{names}}  {value:>{values}}" for name, value in rows)
+
+
+def percent(score: float | list[float]) -> str:
+    """A share, or several as their mean ± standard deviation, in per cent with two decimals."""
+    scores = score if isinstance(score, list) else [score]
+    return f"{100 * mean(scores):.2f}" + (f" ± {100 * stdev(scores):.2f}" if len(scores) > 1 else "")
+
+
+def variant(protocol: str, frozen: Mapping[str, Any], used: Mapping[str, Any]) -> str:
+    """The name of a protocol, followed by what was done otherwise.
+
+    Args:
+        protocol: Name and version, such as `knn-1`.
+        frozen: What this version says: name → value.
+        used: The values that were used.
+
+    Returns:
+        Such as `knn-1`, or `knn-1, temperature=0.1`.
+    """
+    changed = [f"{name}={used[name]}" for name, value in frozen.items() if used[name] != value]
+    return ", ".join([protocol, *changed])
+
+
+def command_of(name: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    """The command line that calls a function with some arguments, whoever called it.
+
+    Args:
+        name: Of the command, such as `evaluate knn`.
+        function: What the command calls.
+        arguments: By name, every parameter of it: its `locals()` before it does anything.
+    """
+    words = ["cim", *name.split()]
+    for key, parameter in inspect.signature(function).parameters.items():
+        value = arguments[key]
+        flag = key.replace("_", "-")
+        if parameter.default is parameter.empty:
+            words.append(str(value))
+        elif value != parameter.default:
+            values = list(value) if isinstance(value, (tuple, list)) else [value]
+            words += [f"--no-{flag}" if value is False else f"--{flag}"]
+            words += [str(item) for item in values if not isinstance(item, bool)]
+    return shlex.join(words)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cim_models.backbones import build
+from cim_models.images import find_images
 from cim_models.pretext.exemplars import ExemplarConfig
 from cim_models.pretext.model import CIM, PretextConfig
 from cim_models.pretext.views import ViewConfig
@@ -36,3 +39,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("online", "target", "head"):
         save_file(getattr(cim, name).state_dict(), folder / f"{name}.safetensors", metadata)
     return folder
+
+
+@pytest.fixture
+def splits(tmp_path: Path, photographs: Callable[[int, int], Path]) -> Path:
+    """Two classes, the photographs with even and odd numbers: `train` has 8 + 8 files and `val` 3 + 3."""
+    paths = find_images(photographs(22, 80))
+    for split, start, stop in (("train", 0, 8), ("val", 8, 11)):
+        for label, name in enumerate(("even", "odd")):
+            folder = tmp_path / split / name / "deep"
+            folder.mkdir(parents=True)
+            for path in paths[label::2][start:stop]:
+                shutil.copy(path, folder)
+    return tmp_path

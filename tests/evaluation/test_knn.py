@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from cim_models.errors import ConfigError
-from cim_models.evaluation.knn import KS, TEMPERATURE, knn, knn_predict, nearest
+from cim_models.evaluation.knn import KS, TEMPERATURE, knn_accuracy, knn_predict, nearest
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def clusters():
 def test_predictions_equal_those_of_scikit_learn(clusters, chunk):
     train, train_labels, test, test_labels = clusters
     predicted = list(knn_predict(train, train_labels, test, KS, TEMPERATURE, chunk))
-    accuracies = knn(*clusters, KS, TEMPERATURE, chunk)
+    accuracies = knn_accuracy(*clusters, KS, TEMPERATURE, chunk)
     for k in KS:
         reference = KNeighborsClassifier(
             k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
@@ -57,4 +57,4 @@ def test_the_temperature_weighs_the_votes():
 def test_impossible_settings_are_refused(options):
     features, labels = torch.eye(3), torch.arange(3)
     with pytest.raises(ConfigError):
-        knn(features, labels, features, labels, **options)
+        knn_accuracy(features, labels, features, labels, **options)
