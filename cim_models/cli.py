@@ -29,6 +29,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "how well exemplars are found in pictures of a folder",
     ),
     "evaluate knn": ("cim_models.evaluation.knn:knn", "nearest-neighbour accuracy of an encoder"),
+    "evaluate linear": ("cim_models.evaluation.linear:linear", "accuracy of a linear classifier on frozen features"),
+    "evaluate lowshot": ("cim_models.evaluation.lowshot:lowshot", "accuracy with few labels on frozen features"),
+    "evaluate report": ("cim_models.evaluation.report:report", "tables and plots of results"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
 }

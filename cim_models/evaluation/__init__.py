@@ -1,11 +1,14 @@
-"""Is the encoder any good? Features, nearest neighbours, and a first look at both."""
+"""Is the encoder any good? Features, and what they are worth to neighbours, linear classifiers and few labels."""
 
 from cim_models.evaluation.correlation import correlation
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.features import extract, extract_all, pool
 from cim_models.evaluation.knn import knn
+from cim_models.evaluation.linear import linear
 from cim_models.evaluation.locate import locate
+from cim_models.evaluation.lowshot import lowshot
 from cim_models.evaluation.quickstart import quickstart
+from cim_models.evaluation.report import report
 
 __all__ = [
     "correlation",
@@ -13,8 +16,11 @@ __all__ = [
     "extract",
     "extract_all",
     "knn",
+    "linear",
     "load_features",
     "locate",
+    "lowshot",
     "pool",
     "quickstart",
+    "report",
 ]

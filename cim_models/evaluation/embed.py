@@ -1,11 +1,8 @@
 """Features of a folder in a file: written row by row, whatever the number of images, read by stock safetensors."""
 
 import json
-import math
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 from torch import Tensor
@@ -13,6 +10,7 @@ from torch import Tensor
 from cim_models.errors import DataError
 from cim_models.evaluation.encoders import DEFAULT_MODEL, describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract
+from cim_models.evaluation.rows import RowWriter
 from cim_models.files import replacing
 from cim_models.images import find_images
 
@@ -82,7 +80,7 @@ def embed(
     with (
         replacing(out) as features, replacing(names) as texts, features.open("wb") as file, texts.open("wb") as lines
     ):
-        rows = _Rows(file, len(files), metadata)
+        rows = RowWriter(file, len(files), metadata)
         for batch in batches:
             if len(batch.indices):
                 rows.write(batch.features)
@@ -112,36 +110,6 @@ def load_features(path: str | Path) -> tuple[Tensor, list[str]]:
     if len(paths) != len(features):
         raise DataError(f"{path} has {len(features)} rows, {names} has {len(paths)} paths: embed the images again")
     return features, paths
-
-
-class _Rows:
-    """A safetensors file of one tensor, `features`, whose number of rows is known only at the end.
-
-    The header goes first, so its place is kept free for the longest one: JSON may end in spaces.
-    """
-
-    def __init__(self, file: BinaryIO, most_rows: int, metadata: dict[str, str]) -> None:
-        self.file, self.most_rows, self.metadata = file, most_rows, metadata
-        self.shape: tuple[int, ...] = ()
-        self.reserved = 0
-
-    def write(self, features: Tensor) -> None:
-        """Appends rows (B, …) float32."""
-        if not self.shape:
-            self.reserved = len(self._header((self.most_rows, *features.shape[1:])))
-            self.reserved += -self.reserved % 8
-            self.file.write(bytes(8 + self.reserved))
-            self.shape = (0, *features.shape[1:])
-        self.file.write(features.contiguous().numpy().astype("<f4", copy=False).data)
-        self.shape = (self.shape[0] + len(features), *self.shape[1:])
-
-    def finish(self) -> None:
-        self.file.seek(0)
-        self.file.write(struct.pack("<Q", self.reserved) + self._header(self.shape).ljust(self.reserved))
-
-    def _header(self, shape: tuple[int, ...]) -> bytes:
-        entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, 4 * math.prod(shape)]}
-        return json.dumps({"__metadata__": self.metadata, "features": entry}).encode()
 
 
 def _paths_file(path: Path) -> Path:

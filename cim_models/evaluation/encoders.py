@@ -1,6 +1,8 @@
 """A name, a folder or a file → an encoder that is ready to be measured, and what it is in words."""
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -10,19 +12,23 @@ from torch import nn
 
 from cim_models.backbones import ARCHITECTURES
 from cim_models.errors import ConfigError, WeightsError
+from cim_models.evaluation.checkpoints import load_checkpoint
 from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.names import parse_name
-from cim_models.hub.store import Weights, resolve
+from cim_models.hub.store import Weights, read_header, resolve
 from cim_models.pretext.model import CIM
 
 DEFAULT_MODEL = "cim_vit_tiny"
 """An architecture whose newest released weights travel with the package."""
+LOG = "log.jsonl"
+"""What a run logs, and a release keeps."""
 
 
 def open_encoder(
     model: str,
     *,
+    weights: str | None = None,
     random_init: bool = False,
     seed: int = 0,
     image_size: int | None = None,
@@ -33,6 +39,8 @@ def open_encoder(
     Args:
         model: Name of released weights or of an architecture that has some; a release folder, a run directory or a
             safetensors file; or a model of timm.
+        weights: Take these instead: for a model of timm a checkpoint file of any method, as `load_checkpoint` reads it;
+            for one of ours what `create_model` takes.
         random_init: Random weights in the same architecture, with the same transform.
         seed: Of the random weights.
         image_size: Side of the images in pixels; by default what the weights say.
@@ -42,20 +50,24 @@ def open_encoder(
         The encoder in evaluation mode, on its device.
 
     Raises:
-        ConfigError: If there is no such architecture, device or size.
+        ConfigError: If there is no such architecture, device or size, or the arguments contradict each other.
         WeightsError: If there are no such weights, or they do not fit.
     """
+    if weights is not None and random_init:
+        raise ConfigError("weights and random_init contradict each other: give one of them")
     place = _device(device)
     asked = parse_name(model, ARCHITECTURES)
     name = asked.architecture if asked.source == "registry" else ""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name not in ARCHITECTURES and timm.is_model(name):
-            encoder = _from_timm(model, pretrained=not random_init)
+            encoder = _from_timm(model, pretrained=not random_init and weights is None)
+            if weights is not None:
+                load_checkpoint(encoder, weights, model)
         elif random_init:
             encoder = _like(_described(model))
         else:
-            encoder = create_model(model, pretrained=True, num_classes=0)
+            encoder = create_model(model, pretrained=True, weights=weights, num_classes=0)
     if image_size is not None:
         _resize(encoder, image_size)
     return encoder.to(place).eval()
@@ -78,10 +90,13 @@ def open_pretext(model: str, device: str | None = None) -> tuple[CIM, int, int]:
     return pretext.to(place).eval(), sizes.context_size, sizes.exemplar_size
 
 
-def describe(encoder: Any, name: str, random_init: bool = False) -> dict[str, Any]:
+def describe(
+    encoder: Any, name: str, random_init: bool = False, *, weights: str | None = None, seed: int | None = None
+) -> dict[str, Any]:
     """What was measured: enough to make the same encoder and its inputs again, as JSON.
 
-    The sha256 is one over the names and the bytes of all tensors, whatever file they came from.
+    The sha256 is one over the names and the bytes of all tensors, whatever file they came from. `images_seen` and
+    `epoch` are those of the pretraining, where a log stands beside the weights.
     """
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
@@ -89,11 +104,29 @@ def describe(encoder: Any, name: str, random_init: bool = False) -> dict[str, An
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return {
         "model": name,
+        "weights": weights,
         "architecture": encoder.pretrained_cfg.get("architecture", ""),
         "random_init": random_init,
+        "seed": seed if random_init else None,
         "weights_sha256": digest.hexdigest(),
         "transform": resolve_model_data_config(encoder),
+        **({} if random_init else _pretraining(Path(encoder.pretrained_cfg.get("file") or ""))),
     }
+
+
+def _pretraining(file: Path) -> dict[str, Any]:
+    """How long a run or a release was pretrained, from the log beside its weights; nothing if there is none."""
+    log = file.parent / LOG
+    if file.suffix != ".safetensors" or not log.is_file():
+        return {}
+    seen = read_header(file).metadata.get("images_seen")
+    try:
+        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise WeightsError(f"{log} is damaged: {error}") from error
+    steps = [record for record in records if "images_seen" in record and "epoch" in record]
+    steps = [record for record in steps if seen is None or record["images_seen"] <= int(seen)]
+    return {key: steps[-1][key] for key in ("images_seen", "epoch")} if steps else {}
 
 
 def _device(name: str | None) -> torch.device:

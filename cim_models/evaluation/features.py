@@ -132,13 +132,16 @@ def extract(
 
 def extract_all(model: nn.Module, images: Sequence[Picture], *args: Any, **options: Any) -> Features:
     """Collects `extract` in memory, with the same arguments and errors."""
-    features, indices, unreadable = [], [], {}
+    features, count, indices, unreadable = torch.empty(0), 0, [], {}
     for batch in extract(model, images, *args, **options):
         unreadable.update(batch.unreadable)
         if len(batch.indices):
-            features.append(batch.features)
+            if not len(features):
+                features = torch.empty(len(images), *batch.features.shape[1:])
+            features[count : count + len(batch.indices)] = batch.features
+            count += len(batch.indices)
             indices.append(batch.indices)
-    return Features(torch.cat(features), torch.cat(indices), unreadable)
+    return Features(features[:count], torch.cat(indices), unreadable)
 
 
 class _Pictures(Dataset[tuple[int, Tensor | str]]):

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.encoders import describe, open_encoder
-from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract_all
+from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
+from cim_models.evaluation.frozen import frozen_features
 from cim_models.evaluation.protocol import Report, command_of, variant
-from cim_models.evaluation.splits import check_same_classes, read_split
 
 PROTOCOL = "knn-1"
 KS = (10, 20, 50, 100, 200)
@@ -131,81 +130,74 @@ def knn(
     /,
     out: Path = Path("knn.json"),
     *,
+    weights: str | None = None,
     random_init: bool = False,
     ks: tuple[int, ...] = KS,
     temperature: float = TEMPERATURE,
     pooling: Pooling = "patches",
     image_size: int | None = None,
     limit_per_class: int | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
     batch_size: int = 64,
     workers: int = DEFAULT_WORKERS,
     device: str | None = None,
     precision: Precision = "fp32",
 ) -> Report:
-    """Measures the weighted kNN accuracy of a frozen encoder on two folders of classes.
+    """Measures the weighted kNN accuracy of a frozen encoder on labelled images.
 
-    A class is a folder, its images anywhere below; both splits hold the same classes. Unreadable images are left out
-    and named in the report.
+    Unreadable images are left out and named in the report.
 
     Args:
-        model: Name of a model or of released weights, a release folder, a weights file, or any model of timm.
-        train: Folder of class folders with the images that vote.
-        val: Folder of class folders with the images to classify.
+        model: Name of a model or of released weights, a release folder, a run directory, a weights file, or any model
+            of timm.
+        train: The images that vote: a folder of class folders, or a file with a line `path,class` for each.
+        val: The images to classify, of the same classes, in the same form.
         out: JSON file for the whole protocol and the result.
+        weights: A checkpoint file for the architecture that `model` names, of whatever method. `FILE#PREFIX` chooses
+            among several encoders in it.
         random_init: Random weights in the same architecture, with the same transform: the baseline to compare with.
         ks: Numbers of voters; those above the number of training images are left out. The headline is 20.
         temperature: Of the weights exp(cosine similarity / temperature).
         pooling: What stands for an image: mean of the patch tokens, class token, or both.
         image_size: Pixels of the side of what the encoder sees; by default what its weights say.
         limit_per_class: Only the first images of each class, in order of their names, of both splits.
+        seed: Of random weights.
+        cache: Folder to keep features in, for other protocols to use; by default none are kept.
         batch_size: Images at a time.
         workers: Processes that read images.
         device: Such as cuda or cpu; by default the GPU where there is one.
-        precision: Of the encoder; features are compared in fp32.
+        precision: Of the encoder; features are fp32.
 
     Raises:
-        DataError: If the folders hold fewer than two classes, differ in them, or hold an empty one.
+        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
+            image does not exist, none can be read, features are not finite, or too few images for any k; the message
+            names the path.
         ConfigError: If a setting cannot work.
+        WeightsError: If there are no such weights, or they do not fit.
     """
     command = command_of("evaluate knn", knn, locals())
-    if pooling == "dense":
-        raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
-    splits = {"train": read_split(train, limit_per_class), "val": read_split(val, limit_per_class)}
-    check_same_classes(*splits.values())
-    encoder = open_encoder(model, random_init=random_init, image_size=image_size, device=device)
-    extracted = {
-        name: extract_all(
-            encoder, split.paths, pooling, batch_size=batch_size, workers=workers, precision=precision, progress=name
-        )
-        for name, split in splits.items()
-    }
-    features = {name: rows.features for name, rows in extracted.items()}
-    labels = {name: split.labels[extracted[name].indices] for name, split in splits.items()}
-    usable = tuple(k for k in ks if k <= len(features["train"]))
+    frozen = frozen_features(
+        model, train, val, weights=weights, random_init=random_init, pooling=pooling, image_size=image_size,
+        limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
+        precision=precision, cache=cache,
+    )  # fmt: skip
+    features, labels = frozen.train.features, frozen.train.labels
+    usable = tuple(k for k in ks if k <= len(features))
     if not usable:
-        raise DataError(f"{train}: {len(features['train'])} images are too few for k={min(ks)}; give a smaller k")
-    queries = features["val"].to(next(encoder.parameters()).device)
-    accuracies = knn_accuracy(features["train"], labels["train"], queries, labels["val"], usable, temperature)
-
+        raise DataError(f"{train}: {len(features)} images are too few for k={min(ks)}; give a smaller k")
+    queries = frozen.val.features.to(frozen.device)
+    accuracies = knn_accuracy(features, labels, queries, frozen.val.labels, usable, temperature)
     report = Report(
         protocol=variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
-        model=describe(encoder, model, random_init=random_init),
-        data={
-            name: {**split.fingerprint(), "unreadable": list(extracted[name].unreadable.values())}
-            for name, split in splits.items()
-        },
-        settings={
-            "similarity": "cosine",
-            "temperature": temperature,
-            "pooling": pooling,
-            "precision": precision,
-            "limit_per_class": limit_per_class,
-        },
+        model=frozen.model,
+        data=frozen.data,
+        settings={**frozen.settings, "similarity": "cosine", "temperature": temperature},
         result={
             "metric": "top-1",
             "scores": {f"k={k}": accuracy for k, accuracy in accuracies.items()},
             "headline": accuracies.get(HEADLINE),
-            "chance": 1 / len(splits["val"].classes),
+            "chance": 1 / len(frozen.classes),
         },
         command=command,
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from platform import python_version
 from statistics import mean, stdev
@@ -17,6 +18,7 @@ import torch
 import torchvision
 
 from cim_models import __version__
+from cim_models.errors import DataError
 from cim_models.files import replacing
 
 
@@ -80,6 +82,28 @@ class Report:
         """
         with replacing(path) as file:
             file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: If the file cannot be read or is no report.
+        """
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            report = cls(**fields)
+            scores = report.result["scores"].values()
+            numbers = [share for score in scores for share in (score if isinstance(score, list) else [score])]
+            whole = numbers and all(isinstance(number, (int, float)) and isfinite(number) for number in numbers)
+            whole = whole and isinstance(report.result["metric"], str) and set(fields) == set(asdict(report))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read, {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: not a report of `cim evaluate`: {error}") from error
+        if not whole:
+            raise DataError(f"{path}: not a whole report of `cim evaluate`; measure again")
+        return report
 
     def __str__(self) -> str:
         rows = [("", self.result["metric"]), *((name, percent(score)) for name, score in self.result["scores"].items())]

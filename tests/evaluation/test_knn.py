@@ -1,4 +1,7 @@
-"""kNN against scikit-learn on the same features, and against what class folders can get wrong."""
+"""kNN against scikit-learn on the same features, and in memory that does not grow with the gallery."""
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,3 +61,27 @@ def test_impossible_settings_are_refused(options):
     features, labels = torch.eye(3), torch.arange(3)
     with pytest.raises(ConfigError):
         knn_accuracy(features, labels, features, labels, **options)
+
+
+MEMORY = """
+import resource, sys, torch
+from cim_models.evaluation.knn import knn_accuracy
+
+def peak(images, queries):
+    # Row i of the gallery begins at number i, so that it takes no memory: what grows is what is computed with it.
+    numbers = torch.randn(images + 16, generator=torch.Generator().manual_seed(0))
+    gallery, labels = numbers.as_strided((images, 16), (1, 1)), torch.arange(images) % 10
+    accuracies = knn_accuracy(gallery, labels, gallery[:queries], labels[:queries], (1, 200), chunk=4096)
+    assert accuracies[1] == 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+
+print(peak(16384, 1500), peak(163840, 3000))
+"""
+
+
+def test_memory_does_not_grow_with_the_gallery():
+    """Ten times the gallery, whose similarities with the queries alone would take 2 GB."""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    small, large = map(float, done.stdout.split())
+    assert large - small < 60, f"{small:.0f} MB, then {large:.0f} MB"

@@ -1,0 +1,105 @@
+"""A checkpoint file of any method → the weights of one timm encoder, all of them or an error."""
+
+import argparse
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cim_models.errors import WeightsError
+
+logger = logging.getLogger(__name__)
+
+
+def load_checkpoint(model: nn.Module, file: str | Path, name: str) -> None:
+    """Fills a timm model without classifier from a checkpoint of a paper, a training run or timm.
+
+    The encoder is looked for in whatever the file nests it in (`model`, `teacher.backbone`, `module.base_encoder`, …);
+    decoders, projectors and classifiers beside it are left out. timm's own conversion of foreign checkpoints and
+    resampling of position embeddings applies.
+
+    Args:
+        model: The encoder; its tensors are overwritten.
+        file: safetensors, or anything that `torch.load` reads as tensors and plain data. Where it holds several
+            encoders, `FILE#PREFIX` says which, such as `dino.pth#teacher.backbone`.
+        name: Of the model, for messages.
+
+    Raises:
+        WeightsError: If the file is missing or damaged, holds no or several encoders of this architecture, or a tensor
+            is missing or has another shape.
+    """
+    path, asked = _location(file)
+    tensors = dict(_flat(_read(path)))
+    expected = model.state_dict()
+    prefix = _find(tensors, expected, path, asked, name)
+    found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    if expected.keys() <= found.keys():
+        found = {key: found[key] for key in expected}
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        if convert is not None:
+            found = convert(found, model)
+        result = model.load_state_dict(found, strict=False)
+    except Exception as error:  # timm's conversion of a file of something else fails in any way
+        raise WeightsError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from error
+    missing = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
+    if missing:
+        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise WeightsError(f"{path} does not fit {name}: it lacks {some}")
+    unused = len(tensors) - (len(expected) - len(result.missing_keys))
+    logger.info("%s: %d tensors of %r are the encoder, %d others are left out", path, len(expected), prefix, unused)
+
+
+def _location(file: str | Path) -> tuple[Path, str]:
+    """The file, and the prefix that the user asked for, with a dot at its end."""
+    path, _, asked = str(file).partition("#")
+    if not asked or Path(file).exists():
+        path, asked = str(file), ""
+    return Path(path).expanduser(), f"{asked.rstrip('.')}." if asked else ""
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise WeightsError(f"there is no weights file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader of a file from anywhere fails in any way
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"asks to run {unsafe[1]}, which no weights need: save its tensors alone" if unsafe else reason
+        raise WeightsError(f"{path} cannot be read: {what}") from error
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dictionaries, by their dotted names."""
+    if isinstance(values, Tensor):
+        yield prefix.removesuffix("."), values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _find(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, asked: str, name: str) -> str:
+    """The prefix under which most of the expected names stand, among those that begin as asked."""
+    counts: Counter[str] = Counter()
+    for key in tensors:
+        starts = [0, *(match.end() for match in re.finditer(r"\.", key))]
+        counts.update(key[:start] for start in starts if key[start:] in expected and key[:start].startswith(asked))
+    most = max(counts.values(), default=0)
+    best = [prefix for prefix, count in counts.items() if count == most]
+    if most < len(expected) / 2:
+        raise WeightsError(f"{path} holds no {name}{f' below {asked!r}' if asked else ''}: check the model's name")
+    if len(best) > 1:
+        places = ", ".join(f"{path}#{prefix.rstrip('.')}" for prefix in best)
+        raise WeightsError(f"{path} holds several encoders: give one of {places}")
+    return best[0]

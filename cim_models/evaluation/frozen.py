@@ -1,0 +1,102 @@
+"""What every protocol on a frozen encoder starts from: the features and labels of two splits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cim_models.errors import ConfigError
+from cim_models.evaluation.cache import split_features
+from cim_models.evaluation.encoders import describe, open_encoder
+from cim_models.evaluation.features import Pooling, Precision
+from cim_models.evaluation.splits import Split, check_same_classes, read_split
+
+
+@dataclass
+class Labelled:
+    """Features of the readable images of a split."""
+
+    features: Tensor
+    """(N, D) float32 on the CPU, mapped from a file where there is a cache."""
+    labels: Tensor
+    """(N,) int64."""
+
+
+@dataclass
+class Frozen:
+    """Two splits as an encoder sees them, and all that a report says of that."""
+
+    train: Labelled
+    val: Labelled
+    classes: list[str]
+    device: torch.device
+    """Where the encoder is, and where to compute with its features."""
+    model: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def frozen_features(
+    model: str,
+    train: Path,
+    val: Path,
+    *,
+    weights: str | None,
+    random_init: bool,
+    pooling: Pooling,
+    image_size: int | None,
+    limit_per_class: int | None,
+    seed: int,
+    batch_size: int,
+    workers: int,
+    device: str | None,
+    precision: Precision,
+    cache: Path | None,
+) -> Frozen:
+    """Opens an encoder and extracts the features of both splits; arguments are those of `knn`.
+
+    Raises:
+        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, no image of
+            one can be read, or features are not finite; the message names the path.
+        ConfigError: If a setting cannot work.
+        WeightsError: If there are no such weights.
+    """
+    if pooling == "dense":
+        raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
+    splits: dict[str, Split] = {
+        name: read_split(source, limit_per_class) for name, source in (("train", train), ("val", val))
+    }
+    check_same_classes(splits["train"], splits["val"])
+    encoder = open_encoder(
+        model, weights=weights, random_init=random_init, seed=seed, image_size=image_size, device=device
+    )
+    about = describe(encoder, model, random_init, weights=weights, seed=seed)
+    labelled, data = {}, {}
+    for name, split in splits.items():
+        found = split_features(
+            encoder,
+            split,
+            about,
+            pooling,
+            cache=cache,
+            batch_size=batch_size,
+            workers=workers,
+            precision=precision,
+            progress=name,
+        )
+        labelled[name] = Labelled(found.features, split.labels[found.indices])
+        data[name] = {
+            **split.fingerprint(),
+            "limit_per_class": limit_per_class,
+            "unreadable": list(found.unreadable.values()),
+        }
+    return Frozen(
+        **labelled,
+        classes=splits["train"].classes,
+        device=next(encoder.parameters()).device,
+        model=about,
+        data=data,
+        settings={"augmentation": None, "pooling": pooling, "precision": precision, "seed": seed},
+    )

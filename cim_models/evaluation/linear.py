@@ -1,0 +1,150 @@
+"""Linear probe: what a linear classifier reads off frozen features, its learning rate chosen on training images."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from cim_models.errors import ConfigError, DataError
+from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
+from cim_models.evaluation.frozen import frozen_features
+from cim_models.evaluation.heads import Heads, fit_lbfgs, fit_sgd
+from cim_models.evaluation.protocol import Report, command_of, variant
+from cim_models.evaluation.splits import hold_out
+
+PROTOCOL = "linear-1"
+QUICK = "linear-lbfgs-1"
+LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the squared weights, in the quick mode."""
+EPOCHS = 100
+BATCH = 256
+MOMENTUM = 0.9
+HELD_OUT = 0.1
+"""Share of the training images of each class that the learning rate, or the penalty, is chosen on."""
+
+logger = logging.getLogger(__name__)
+
+
+def linear(
+    model: str,
+    train: Path,
+    val: Path,
+    /,
+    out: Path = Path("linear.json"),
+    *,
+    quick: bool = False,
+    weights: str | None = None,
+    random_init: bool = False,
+    epochs: int = EPOCHS,
+    lrs: tuple[float, ...] = LRS,
+    pooling: Pooling = "patches",
+    image_size: int | None = None,
+    limit_per_class: int | None = None,
+    seed: int = 0,
+    cache: Path | None = None,
+    batch_size: int = 64,
+    workers: int = DEFAULT_WORKERS,
+    device: str | None = None,
+    precision: Precision = "fp32",
+) -> Report:
+    """Measures the accuracy of a linear classifier on frozen features of labelled images.
+
+    Batch normalisation without affine part, then one linear layer, trained on features without augmentation. A tenth of
+    the training images chooses among the learning rates, which are trained all at once; then the chosen one is trained
+    on all of them, and the images to classify are looked at once.
+
+    Args:
+        model: Name of a model or of released weights, a release folder, a run directory, a weights file, or any model
+            of timm.
+        train: The images to train on: a folder of class folders, or a file with a line `path,class` for each.
+        val: The images to classify, of the same classes, in the same form.
+        out: JSON file for the whole protocol and the result.
+        weights: A checkpoint file for the architecture that `model` names, of whatever method. `FILE#PREFIX` chooses
+            among several encoders in it.
+        random_init: Random weights in the same architecture, with the same transform: the baseline to compare with.
+        quick: Logistic regression by L-BFGS instead, whose penalty is chosen in the same way: seconds, not minutes.
+        epochs: Passes over the training features, of SGD.
+        lrs: Learning rates to choose from, of SGD.
+        pooling: What stands for an image: mean of the patch tokens, class token, or both.
+        image_size: Pixels of the side of what the encoder sees; by default what its weights say.
+        limit_per_class: Only the first images of each class, in order of their names, of both splits.
+        seed: Of the order, of what is held out, and of random weights.
+        cache: Folder to keep features in, for other protocols to use; by default none are kept.
+        batch_size: Images at a time.
+        workers: Processes that read images.
+        device: Such as cuda or cpu; by default the GPU where there is one.
+        precision: Of the encoder; features are fp32.
+
+    Raises:
+        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
+            image does not exist, none can be read, features are not finite, or each class has one training
+            image; the message names the path.
+        ConfigError: If a setting cannot work.
+        WeightsError: If there are no such weights, or they do not fit.
+    """
+    command = command_of("evaluate linear", linear, locals())
+    if quick and (epochs, lrs) != (EPOCHS, LRS):
+        raise ConfigError("epochs and lrs are of SGD, quick is not: leave one of them out")
+    if epochs < 1 or not lrs or min(lrs) <= 0:
+        raise ConfigError(f"epochs={epochs}, lrs={lrs}: give at least one epoch and learning rates above 0")
+    frozen = frozen_features(
+        model, train, val, weights=weights, random_init=random_init, pooling=pooling, image_size=image_size,
+        limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
+        precision=precision, cache=cache,
+    )  # fmt: skip
+    features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
+    try:
+        kept, held = hold_out(labels, HELD_OUT, seed)
+    except DataError as error:
+        raise DataError(f"{train}: {error}") from error
+
+    def fit(rows: Tensor | slice, grid: Sequence[float]) -> list[Heads]:
+        examples = features[rows], labels[rows], classes
+        if quick:
+            return [fit_lbfgs(*examples, penalty, device=frozen.device) for penalty in grid]
+        order: dict[str, Any] = dict(epochs=epochs, batch_size=BATCH, momentum=MOMENTUM, seed=seed)
+        with tqdm(desc="linear", total=epochs, unit="epoch", disable=None) as bar:
+            return [fit_sgd(*examples, grid, **order, device=frozen.device, progress=bar.update)]
+
+    grid = PENALTIES if quick else tuple(sorted(lrs))
+    tried = [a for heads in fit(kept, grid) for a in heads.accuracies(features[held], labels[held])]
+    chosen = grid[tried.index(max(tried))]
+    if len(grid) > 1 and chosen in (grid[0], grid[-1]):
+        logger.warning("the best of %s is the outermost, %g: a better one may lie beyond", grid, chosen)
+    (heads,) = fit(slice(None), [chosen])
+    tops = (1, 5) if classes > 5 else (1,)
+    scores = {f"top-{k}": heads.accuracies(frozen.val.features, frozen.val.labels, k)[0] for k in tops}
+
+    name = "penalty" if quick else "lr"
+    sgd = {"epochs": epochs, "lrs": tuple(sorted(lrs))}
+    report = Report(
+        protocol=QUICK if quick else variant(PROTOCOL, {"epochs": EPOCHS, "lrs": LRS}, sgd),
+        model=frozen.model,
+        data=frozen.data,
+        settings={
+            **frozen.settings,
+            "normalisation": "batch normalisation without affine, statistics of the training set",
+            **(
+                {"optimiser": "L-BFGS", "penalties": PENALTIES}
+                if quick
+                else {"optimiser": "SGD", "momentum": MOMENTUM, "weight_decay": 0, "schedule": "cosine",
+                      "batch_size": BATCH, **sgd}
+            ),
+            "held_out": HELD_OUT,
+        },
+        result={
+            "metric": "accuracy",
+            "scores": scores,
+            "headline": scores["top-1"],
+            "chance": 1 / classes,
+            name: chosen,
+            "held_out_top1": {f"{value:g}": accuracy for value, accuracy in zip(grid, tried, strict=True)},
+        },
+        command=command,
+    )  # fmt: skip
+    report.save(out)
+    return report

@@ -1,0 +1,264 @@
+"""Results of any protocol, as JSON files → tables in Markdown, and plots."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cim_models.errors import DataError
+from cim_models.evaluation.curves import Curve, draw_curves
+from cim_models.evaluation.protocol import Report, percent
+from cim_models.files import replacing
+
+KEYS = {"protocol", "model", "data", "settings", "result"}
+"""What tells a report from other JSON files in a folder."""
+AXES = {"epoch": "epochs", "images_seen": "images seen"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Row:
+    """Repetitions of one measurement, which differ in their seeds alone."""
+
+    runs: list[Report] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The model, its weights, and whether they are random."""
+        model = self.runs[0].model
+        weights = f" + {model['weights']}" if model.get("weights") else ""
+        return f"{model['model']}{weights}" + (", random weights" if model.get("random_init") else "")
+
+    @property
+    def scores(self) -> dict[str, float | list[float]]:
+        """By name: the only share, or all of them over draws and seeds."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for name, score in run.result["scores"].items():
+                found.setdefault(name, []).extend(score if isinstance(score, list) else [score])
+        return {name: shares[0] if len(shares) == 1 else shares for name, shares in found.items()}
+
+
+@dataclass
+class Section:
+    """Rows that may be compared: one protocol on the same data."""
+
+    protocol: str
+    rows: list[Row]
+
+    @property
+    def first(self) -> Report:
+        """Any of its measurements, for what they have in common."""
+        return self.rows[0].runs[0]
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        digests = "".join(str(split.get("sha256", ""))[:4] for split in self.first.data.values())
+        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.protocol).strip('-')}_{digests}"
+
+
+@dataclass
+class Results:
+    """What `report` made; `str` is the document, or the names of the files that were written."""
+
+    markdown: str
+    files: list[Path]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.files)) or self.markdown.rstrip("\n")
+
+
+def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path | None = None) -> Results:
+    """Turns results of `cim evaluate` into Markdown tables and plots.
+
+    Rows of a table share protocol, version and data; each names its command. Repetitions with other seeds are one row,
+    mean ± standard deviation. Plots show the score against epochs and images seen: of fine-tuning where it was measured
+    on the way, and of the pretraining of encoders that come from a run or a release with its log.
+
+    Args:
+        sources: JSON files, or folders that hold some at any depth.
+        out: Markdown file to write; by default it is printed only.
+        plots: Folder for PNG files, which the Markdown shows.
+
+    Raises:
+        DataError: If there is no result, a file is damaged, or two of the same measurement and seed disagree.
+        ConfigError: If a file cannot be written, or matplotlib is missing.
+    """
+    sections = _sections(_read(sources))
+    figures: dict[str, list[Path]] = {}
+    if plots is not None:
+        figures = {section.slug: _plot(section, plots) for section in sections}
+    base = out.parent if out is not None else Path()
+    shown = {slug: [Path(os.path.relpath(path, base)).as_posix() for path in paths] for slug, paths in figures.items()}
+    results = Results(_markdown(sections, shown), [path for paths in figures.values() for path in paths])
+    if out is not None:
+        with replacing(out) as file:
+            file.write_text(results.markdown, encoding="utf-8")
+        results.files.insert(0, out)
+    return results
+
+
+def _read(sources: Sequence[Path]) -> dict[Path, Report]:
+    """The reports of files and folders."""
+    found: dict[Path, Report] = {}
+    for source in sources:
+        if source.is_dir():
+            paths = sorted(source.rglob("*.json"))
+            found |= {path: Report.load(path) for path in paths if _is_report(path)}
+        else:
+            found[source] = Report.load(source)
+    if not found:
+        names = ", ".join(map(str, sources)) or "no folder given"
+        raise DataError(f"{names}: no result of `cim evaluate` there; give folders or JSON files")
+    return found
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged, {error}; remove it or measure again") from error
+    return isinstance(content, dict) and content.keys() >= KEYS
+
+
+def _sections(reports: Mapping[Path, Report]) -> list[Section]:
+    """Puts together what may be compared, and repetitions, in an order that does not depend on names of files."""
+    sections: dict[str, dict[str, Row]] = {}
+    known: dict[str, tuple[Path, Report]] = {}
+    for path, run in reports.items():
+        splits = {name: split.get("sha256") for name, split in run.data.items()}
+        section = json.dumps([run.protocol, splits], sort_keys=True)
+        row = json.dumps([section, _identity(run)], sort_keys=True)
+        repetition = json.dumps([row, _seed(run)])
+        if repetition in known:
+            other, first = known[repetition]
+            if first.result["scores"] != run.result["scores"]:
+                raise DataError(f"{other} and {path} are the same measurement with different scores: remove one")
+            continue
+        known[repetition] = path, run
+        sections.setdefault(section, {}).setdefault(row, Row()).runs.append(run)
+    ordered = []
+    for rows in sections.values():
+        for entry in rows.values():
+            entry.runs.sort(key=lambda run: (str(_seed(run)), run.command))
+        content = sorted(rows.values(), key=lambda entry: (entry.name, entry.runs[0].command))
+        ordered.append(Section(content[0].runs[0].protocol, content))
+    return sorted(ordered, key=lambda section: (section.protocol, section.slug))
+
+
+def _identity(run: Report) -> list[Any]:
+    """What repetitions have in common beside protocol and data."""
+    model = {key: value for key, value in run.model.items() if key != "seed"}
+    if model.get("random_init"):
+        model.pop("weights_sha256", None)
+    return [model, {key: value for key, value in run.settings.items() if key != "seed"}]
+
+
+def _seed(run: Report) -> Any:
+    return run.settings.get("seed", run.model.get("seed"))
+
+
+def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]]) -> str:
+    parts = [
+        "# Results",
+        "Written by `cim evaluate report`; every row names the command that measured it. Scores are in %.",
+    ]
+    made: dict[str, int] = {}
+    for section in sections:
+        parts += [f"## {section.protocol}", _data(section), _table(section)]
+        parts += [f"![{section.protocol}]({path})" for path in figures.get(section.slug, ())]
+        for run in (run for row in section.rows for run in row.runs):
+            versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+            line = f"{versions}, commit {run.commit or 'unknown'}"
+            made[line] = made.get(line, 0) + 1
+    parts += ["## Made with", "\n".join(f"- {line}: {count} results" for line, count in sorted(made.items()))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _data(section: Section) -> str:
+    """The splits and what guessing reaches."""
+    lines = []
+    for name, split in section.first.data.items():
+        limit = f", at most {split['limit_per_class']} per class" if split.get("limit_per_class") else ""
+        missing = f", {len(split['unreadable'])} unreadable" if split.get("unreadable") else ""
+        count = f"{split.get('images', 0):,} images of {split.get('classes', '?')} classes{limit}{missing}"
+        lines.append(f"- {name}: `{split.get('path', '?')}`, {count}, sha256 `{str(split.get('sha256'))[:8]}`")
+    chance = section.first.result.get("chance")
+    return "\n".join(lines + ([f"- chance: {percent(chance)}"] if chance is not None else []))
+
+
+def _table(section: Section) -> str:
+    """One row for each measurement, with the settings in which the rows differ."""
+    names = list(dict.fromkeys(name for row in section.rows for name in row.scores))
+    settings = [row.runs[0].settings | {"input": _size(row.runs[0])} for row in section.rows]
+    keys = list(dict.fromkeys(key for one in settings for key in one if key != "seed"))
+    differing = [key for key in keys if key == "input" or len({str(one.get(key)) for one in settings}) > 1]
+    metric = section.first.result["metric"]
+    headings = [name if metric in name else f"{metric}, {name}" for name in names]
+    table = [["model", "weights sha256", *differing, *headings, "seeds", "command"]]
+    for row, setting in zip(section.rows, settings, strict=True):
+        digests = list(dict.fromkeys(str(run.model.get("weights_sha256", ""))[:8] for run in row.runs))
+        seeds = [str(_seed(run)) for run in row.runs if _seed(run) is not None]
+        table.append(
+            [
+                row.name,
+                ", ".join(digests),
+                *(str(setting.get(key, "")) for key in differing),
+                *(percent(row.scores[name]) if name in row.scores else "" for name in names),
+                ", ".join(seeds),
+                f"`{row.runs[0].command}`",
+            ]
+        )
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def _size(run: Report) -> str:
+    size = run.model.get("transform", {}).get("input_size")
+    return " × ".join(map(str, size[1:])) if size else ""
+
+
+def _plot(section: Section, folder: Path) -> list[Path]:
+    """Draws a figure for each axis along which something was measured more than once."""
+    found = []
+    for axis, label in AXES.items():
+        pictures = {"history": _histories(section, axis), "pretraining": _pretraining(section, axis)}
+        for kind, curves in pictures.items():
+            if not any(len(curve.points) > 1 for curve in curves):
+                continue
+            path = folder / f"{section.slug}_{kind}_{axis}.png"
+            metric, chance = section.first.result["metric"], section.first.result.get("chance")
+            x_label = f"{label} of pretraining" if kind == "pretraining" else label
+            draw_curves(curves, path, section.protocol, x_label, metric, chance)
+            found.append(path)
+    return found
+
+
+def _histories(section: Section, axis: str) -> list[Curve]:
+    """What was measured on the way: a line for each row."""
+    curves = []
+    for row in section.rows:
+        curve = Curve(row.name)
+        for record in (record for run in row.runs for record in run.result.get("history") or ()):
+            if axis in record and record.get("score") is not None:
+                curve.add(record[axis], record["score"])
+        curves.append(curve)
+    return [curve for curve in curves if curve.points]
+
+
+def _pretraining(section: Section, axis: str) -> list[Curve]:
+    """The headline of encoders after more and more pretraining, random weights being none: a line per architecture."""
+    curves: dict[str, Curve] = {}
+    for run in (run for row in section.rows for run in row.runs):
+        seen = 0 if run.model.get("random_init") else run.model.get(axis)
+        headline = run.result.get("headline")
+        if seen is not None and headline is not None:
+            name = f"{run.model.get('architecture') or run.model['model']}, {_size(run)}"
+            curves.setdefault(name, Curve(name)).add(seen, headline)
+    return [curve for curve in curves.values() if any(curve.points)]

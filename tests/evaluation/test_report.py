@@ -1,0 +1,171 @@
+"""Results become tables and plots: every number is one of the files, every row has its command."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cim_models.errors import ConfigError, DataError
+from cim_models.evaluation.curves import Curve, draw_curves
+from cim_models.evaluation.knn import knn
+from cim_models.evaluation.protocol import Report
+from cim_models.evaluation.report import report
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def result(seed=0, scores=None, model=None, settings=None, history=None, headline=0.5, **fields):
+    """A report with little in it."""
+    found = {"metric": "top-1", "scores": scores or {"last": 0.5}, "headline": headline, "chance": 0.1}
+    return Report(
+        protocol=fields.pop("protocol", "finetune-1"),
+        model={"model": "m", "random_init": False, "weights_sha256": "a" * 64, "architecture": "arch"} | (model or {}),
+        data={name: {"path": name, "images": 1000, "classes": 10, "sha256": name * 4} for name in ("train", "val")},
+        settings={"lr": 1.0, "seed": seed} | (settings or {}),
+        result=found | ({"history": history} if history else {}),
+        command=fields.pop("command", f"cim evaluate finetune m --seed {seed}"),
+        **fields,
+    )
+
+
+def table(markdown):
+    """Rows of the only table: heading → cell."""
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    heading, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
+    return [dict(zip(heading, row, strict=True)) for row in rows]
+
+
+def test_repetitions_are_a_mean_and_a_deviation(tmp_path):
+    shares = {0: [0.1, 0.31], 1: [0.4, 0.2], 2: [0.35, 0.25]}
+    for seed, values in shares.items():
+        result(seed, {"last": values[0], "draws": values}).save(tmp_path / f"{9 - seed}.json")
+    (row,) = table(report((tmp_path,)).markdown)
+    flat = np.array(list(shares.values())) * 100
+    assert row["top-1, last"] == f"{flat[:, 0].mean():.2f} ± {flat[:, 0].std(ddof=1):.2f}"
+    assert row["top-1, draws"] == f"{flat.mean():.2f} ± {flat.std(ddof=1):.2f}"
+    assert row["seeds"] == "0, 1, 2" and row["command"] == "`cim evaluate finetune m --seed 0`"
+
+
+def test_random_weights_are_repetitions_other_weights_are_not(tmp_path):
+    for seed in range(2):
+        random = {"random_init": True, "weights_sha256": str(seed) * 64, "seed": seed}
+        result(seed, {"last": seed / 2}, random).save(tmp_path / f"r{seed}.json")
+        result(seed, {"last": seed / 2}, {"weights_sha256": str(seed) * 64}).save(tmp_path / f"p{seed}.json")
+    rows = table(report((tmp_path,)).markdown)
+    assert [row["model"] for row in rows] == ["m", "m", "m, random weights"]
+    assert [row["top-1, last"] for row in rows] == ["0.00", "50.00", "25.00 ± 35.36"]
+    assert rows[2]["weights sha256"] == "00000000, 11111111"
+
+
+def test_settings_in_which_rows_differ_are_columns(tmp_path):
+    for lr in (1.0, 2.0):
+        result(settings={"lr": lr, "kept": 3}, command=f"cim x | {lr}").save(tmp_path / f"{lr}.json")
+    rows = table(report((tmp_path,)).markdown)
+    assert [row["lr"] for row in rows] == ["1.0", "2.0"] and not any("kept" in row for row in rows)
+    assert rows[0]["command"] == "`cim x \\| 1.0`"
+
+
+def test_what_may_not_be_compared_has_its_own_table(tmp_path):
+    result(protocol="knn-1").save(tmp_path / "deep" / "a.json")
+    result(protocol="knn-2").save(tmp_path / "b.json")
+    other = result(protocol="knn-1")
+    other.data["val"]["sha256"] = "other"
+    other.save(tmp_path / "c.json")
+    (tmp_path / "config.json").write_text('{"no": "report"}')
+    markdown = report((tmp_path,)).markdown
+    assert re.findall("^## (.*)", markdown, re.M) == ["knn-1", "knn-1", "knn-2", "Made with"]
+    assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown and "- chance: 10.00" in markdown
+
+
+def test_the_document_does_not_depend_on_names_of_files(tmp_path):
+    for folder, names in (("a", "xyz"), ("b", "zxy")):
+        for name, seed in zip(names, range(3), strict=True):
+            result(seed, model={"model": f"m{seed % 2}"}).save(tmp_path / folder / f"{name}.json")
+    assert report((tmp_path / "a",)).markdown == report((tmp_path / "b",)).markdown
+
+
+def test_the_same_measurement_twice(tmp_path):
+    result(scores={"last": 0.5}).save(tmp_path / "a.json")
+    result(scores={"last": 0.5}).save(tmp_path / "b.json")
+    assert table(report((tmp_path,)).markdown)[0]["top-1, last"] == "50.00"
+    result(scores={"last": 0.6}).save(tmp_path / "b.json")
+    with pytest.raises(DataError, match="a.json and .*b.json are the same measurement with different scores"):
+        report((tmp_path,))
+
+
+def test_plots(tmp_path):
+    for seed in range(2):
+        history = [{"epoch": e, "images_seen": 100 * e, "score": 0.1 * e + seed / 10} for e in range(1, 4)]
+        result(seed, history=history).save(tmp_path / f"f{seed}.json")
+    for seen in (100, 200):
+        pretrained = {"images_seen": seen, "epoch": seen / 100, "model": f"run{seen}"}
+        result(model=pretrained, protocol="knn-1").save(tmp_path / f"k{seen}.json")
+    random = {"random_init": True, "weights_sha256": "x"}
+    result(model=random, protocol="knn-1", headline=0.1).save(tmp_path / "r.json")
+    out = tmp_path / "docs" / "results.md"
+    made = report((tmp_path,), out, plots=tmp_path / "docs" / "results")
+    names = [path.name for path in made.files[1:]]
+    assert made.files[0] == out and str(made).splitlines() == list(map(str, made.files))
+    assert [re.sub("_[a-z]+_", "_", name, count=1) for name in names] == [
+        "finetune-1_history_epoch.png", "finetune-1_history_images_seen.png",
+        "knn-1_pretraining_epoch.png", "knn-1_pretraining_images_seen.png",
+    ]  # fmt: skip
+    for path in made.files[1:]:
+        assert f"](results/{path.name})" in out.read_text()
+        assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 20
+    first = {path: path.read_bytes() for path in made.files}
+    report((tmp_path,), out, plots=tmp_path / "docs" / "results")
+    assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match="matplotlib: pip install"):
+        draw_curves([Curve("a", {0: [0.1], 1: [0.2]})], tmp_path / "a.png", "t", "x", "y")
+
+
+def test_what_is_no_result_is_said(tmp_path):
+    with pytest.raises(DataError, match="no result of `cim evaluate` there"):
+        report((tmp_path,))
+    result().save(tmp_path / "a.json")
+    content = json.loads((tmp_path / "a.json").read_text())
+    with pytest.raises(DataError, match="nowhere.json: cannot be read"):
+        report((tmp_path / "nowhere.json",))
+    broken = [
+        {**content, "surplus": 1},
+        {key: value for key, value in content.items() if key != "versions"},
+        {**content, "result": {"metric": "top-1"}},
+        {**content, "result": {"metric": "top-1", "scores": {}}},
+        {**content, "result": {"metric": "top-1", "scores": {"a": "high"}}},
+        {**content, "result": {"metric": "top-1", "scores": {"a": float("nan")}}},
+    ]
+    for value in broken:
+        (tmp_path / "a.json").write_text(json.dumps(value))
+        with pytest.raises(DataError, match="a.json: not a"):
+            report((tmp_path,))
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(DataError, match="a.json: damaged"):
+        report((tmp_path,))
+
+
+def test_a_measured_result_is_read_as_it_was(splits, run):
+    made = knn(str(run), splits / "train", splits / "val", splits / "k.json", ks=(1,), workers=0)
+    read = Report.load(splits / "k.json")
+    assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(made))
+    (row,) = table(report((splits / "k.json",)).markdown)
+    assert row["top-1, k=1"] == str(made).splitlines()[1].split()[1] and row["input"] == "64 × 64"
+    assert row["command"] == f"`{made.command}`"
+
+
+def test_the_results_of_the_repository_are_those_of_its_files(tmp_path):
+    if not RESULTS.is_dir():
+        pytest.skip("no results in benchmarks/results")
+    made = report((RESULTS,), tmp_path / "results.md", plots=tmp_path / "results")
+    assert made.files[0].read_text() == (ROOT / "docs" / "results.md").read_text()
+    for path in made.files[1:]:
+        assert (ROOT / "docs" / "results" / path.name).is_file()
