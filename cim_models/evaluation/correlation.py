@@ -12,7 +12,8 @@ from tqdm import tqdm
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.encoders import describe, open_pretext
 from cim_models.evaluation.locate import square
-from cim_models.evaluation.protocol import Report, fingerprint
+from cim_models.evaluation.protocol import Report, command_of
+from cim_models.evaluation.splits import fingerprint
 from cim_models.images import find_images, read_image
 from cim_models.pretext import views
 from cim_models.pretext.exemplars import ExemplarConfig
@@ -24,7 +25,7 @@ PROTOCOL = "correlation-1"
 EXEMPLARS = 6
 
 
-def evaluate_correlation(
+def correlation(
     model: str,
     images: Path,
     /,
@@ -58,6 +59,7 @@ def evaluate_correlation(
         WeightsError: If there are no such weights, or they have no correlation head.
         ConfigError: If a setting cannot work.
     """
+    command = command_of("evaluate correlation", correlation, locals())
     if batch_size < 2:
         raise ConfigError(f"batch_size={batch_size}: must be 2 or more, since images exchange their exemplars")
     paths = find_images(images)
@@ -79,14 +81,6 @@ def evaluate_correlation(
         sums += len(rows) * _measure(pretext, cut)
     loss, shuffled_loss, overlap, overlap_shuffled = (sums / len(paths)).tolist()
 
-    result = {
-        "loss": loss,
-        "prior_loss": prior.loss,
-        "gap": shuffled_loss - loss,
-        "iou": overlap,
-        "iou_shuffled": overlap_shuffled,
-        "iou_prior": prior.iou,
-    }
     report = Report(
         protocol=PROTOCOL,
         model={**describe(pretext.online, model), "encoder": encoder},
@@ -99,8 +93,16 @@ def evaluate_correlation(
             "batch_size": batch_size,
             "seed": seed,
         },
-        result=result,
-        table=[("", "value"), *((name, f"{value:.3f}") for name, value in result.items())],
+        result={
+            "metric": "IoU",
+            "scores": {"exemplars": overlap, "exemplars of another image": overlap_shuffled},
+            "headline": overlap,
+            "chance": prior.iou,
+            "loss": loss,
+            "prior_loss": prior.loss,
+            "gap": shuffled_loss - loss,
+        },
+        command=command,
     )
     report.save(out)
     return report

@@ -58,7 +58,7 @@ class Report:
     - `chance`: what guessing reaches, where that is known;
     - `history`: where it was measured on the way, a list of {`epoch`, `images_seen`, `score`};
 
-    and whatever else the protocol finds.
+    and whatever else the protocol finds, of which numbers are printed.
     """
 
     protocol: str
@@ -109,6 +109,9 @@ class Report:
         rows = [("", self.result["metric"]), *((name, percent(score)) for name, score in self.result["scores"].items())]
         if self.result.get("chance") is not None:
             rows.append(("chance", percent(self.result["chance"])))
+        known = ("headline", "chance")
+        numbers = {name: value for name, value in self.result.items() if isinstance(value, float) and name not in known}
+        rows += [(name, f"{value:.3f}") for name, value in numbers.items()]
         names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
         return "\n".join(f"{name:<{names}}  {value:>{values}}" for name, value in rows)
 

@@ -1,7 +1,7 @@
 """Labelled images, as folders of classes or as a file of labels, and parts of them."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,23 @@ class Split:
 
     def fingerprint(self) -> dict[str, Any]:
         """Says which images these are: how many, and a sha256 over their sorted relative paths, classes and sizes."""
-        root = self.source if self.source.is_dir() else self.source.parent
-        lines = sorted(
-            f"{_relative(path, root)}\t{self.classes[label]}\t{_size(path)}"
-            for path, label in zip(self.paths, self.labels.tolist(), strict=True)
-        )
-        digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-        return dict(path=str(self.source), images=len(self.paths), classes=len(self.classes), sha256=digest)
+        classes = [self.classes[label] for label in self.labels.tolist()]
+        return {**fingerprint(self.paths, self.source, classes), "classes": len(self.classes)}
+
+
+def fingerprint(paths: Sequence[Path], source: Path, classes: Sequence[str] | None = None) -> dict[str, Any]:
+    """Says which images these are: how many, and a sha256 over their sorted relative paths, classes and sizes.
+
+    Args:
+        paths: Of the images.
+        source: The folder or file that they come from.
+        classes: Of each image, where they have some.
+    """
+    root = source if source.is_dir() else source.parent
+    columns = [[_relative(path, root) for path in paths], *([] if classes is None else [classes]), map(_size, paths)]
+    lines = sorted("\t".join(map(str, line)) for line in zip(*columns, strict=True))
+    digest = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return {"path": str(source), "images": len(paths), "sha256": digest}
 
 
 def read_split(source: str | Path, limit_per_class: int | None = None) -> Split:

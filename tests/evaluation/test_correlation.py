@@ -12,7 +12,7 @@ from sklearn.metrics import jaccard_score, log_loss
 
 from cim_models import create_pretext
 from cim_models.errors import ConfigError, DataError, WeightsError
-from cim_models.evaluation.correlation import EXEMPLARS, central, evaluate_correlation
+from cim_models.evaluation.correlation import EXEMPLARS, central, correlation
 from cim_models.evaluation.locate import square
 from cim_models.images import find_images, read_image
 from cim_models.pretext import views
@@ -53,11 +53,13 @@ def unsure(run, tmp_path):
 
 def test_it_agrees_with_scikit_learn(tmp_path, unsure, photographs):
     folder = photographs(5, 70)
-    report = evaluate_correlation(str(unsure), folder, tmp_path / "c.json", source_size=96, batch_size=2)
+    report = correlation(str(unsure), folder, tmp_path / "c.json", source_size=96, batch_size=2)
     expected = independent(unsure, folder, 96, [[0, 1], [2, 3, 4]])  # nobody is left alone
+    names = {"iou": "exemplars", "iou_shuffled": "exemplars of another image"}
+    found = {**report.result, **{name: report.result["scores"][score] for name, score in names.items()}}
     for name in ("loss", "gap", "iou", "iou_shuffled"):
-        assert report.result[name] == pytest.approx(expected[name], abs=1e-5), name
-    assert report.result["iou_prior"] > 0 and report.result["prior_loss"] < np.log(2)
+        assert found[name] == pytest.approx(expected[name], abs=1e-5), name
+    assert report.result["chance"] > 0 and report.result["prior_loss"] < np.log(2)
     written = json.loads((tmp_path / "c.json").read_text())
     assert written["result"] == report.result and written["protocol"] == "correlation-1"
     assert written["data"]["images"]["images"] == 5
@@ -66,7 +68,7 @@ def test_it_agrees_with_scikit_learn(tmp_path, unsure, photographs):
 
 def test_one_encoder_for_both_sides(tmp_path, run, photographs):
     results = {
-        encoder: evaluate_correlation(str(run), photographs(4, 70), tmp_path / "c.json", encoder=encoder).result["loss"]
+        encoder: correlation(str(run), photographs(4, 70), tmp_path / "c.json", encoder=encoder).result["loss"]
         for encoder in ("both", "online", "target")
     }
     assert len(set(results.values())) == 3
@@ -74,8 +76,8 @@ def test_one_encoder_for_both_sides(tmp_path, run, photographs):
 
 def test_what_cannot_be_is_said(tmp_path, run, photographs):
     with pytest.raises(DataError, match="at least two"):
-        evaluate_correlation(str(run), photographs(4, 70), tmp_path / "c.json", limit=1)
+        correlation(str(run), photographs(4, 70), tmp_path / "c.json", limit=1)
     with pytest.raises(ConfigError, match="batch_size=1"):
-        evaluate_correlation(str(run), photographs(4, 70), tmp_path / "c.json", batch_size=1)
+        correlation(str(run), photographs(4, 70), tmp_path / "c.json", batch_size=1)
     with pytest.raises(WeightsError, match="no correlation head"):
-        evaluate_correlation(str(run / "online.safetensors"), photographs(4, 70), tmp_path / "c.json")
+        correlation(str(run / "online.safetensors"), photographs(4, 70), tmp_path / "c.json")
