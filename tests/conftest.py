@@ -1,6 +1,7 @@
 """What every test may ask for: the shared material beside the checkout, photographs made on the spot, full disks."""
 
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 ROOT = Path(__file__).resolve().parents[1]
 
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # the Hub's client reads it once, when timm imports it
 torch.set_num_threads(min(torch.get_num_threads(), 4))  # OMP_NUM_THREADS may ask for fewer
 
 
