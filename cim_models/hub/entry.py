@@ -101,7 +101,7 @@ class Entry:
     """Which of the two was released as the backbone."""
     files: tuple[WeightFile, ...]
     sources: tuple[str, ...]
-    """Where the files are: `repository`, `hf-hub:org/name@<40-hex commit>`, `https://…`."""
+    """Where the files are: `repository`, `hf-hub:org/name@<40-hex commit>`, the address of a folder, `https://…`."""
     preprocessing: Preprocessing
     pretext: Pretext | None
     """None where there is no correlation head."""
@@ -158,7 +158,7 @@ def read_entry(data: Any, where: str) -> Entry:
         faults[f"files[{i}].size"] = file.size < 1
         faults[f"files[{i}].sha256"] = not hexadecimal.fullmatch(file.sha256)
     for i, source in enumerate(entry.sources):
-        known = r"repository|hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|https://\S+"
+        known = r"repository|hf-hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|https?://\S+"
         faults[f"sources[{i}]"] = not re.fullmatch(known, source)
     for field, wrong in faults.items():
         if wrong:

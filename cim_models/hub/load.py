@@ -7,7 +7,7 @@ model then takes the file's tensors for its own. Nothing is random but a classif
 import fnmatch
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub import fit
+from cim_models.hub.access import Access
 from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.entry import Part
 from cim_models.hub.manifest import Manifest, load_manifest
@@ -65,7 +66,7 @@ def create_model(
 
     Args:
         name: An architecture (`cim_vit_tiny`: with `pretrained` its newest weights), an id (`cim_vit_tiny.tag`), or
-            `local-dir:PATH` or a path, which is always loaded.
+            `hf-hub:org/name[@revision]`, `local-dir:PATH` or a path, which are always loaded.
         pretrained: Load released weights; random ones otherwise.
         weights: Load these instead: a release folder, a run directory, a safetensors file, or a name of weights.
         num_classes: Classes of the classifier. Another number than that of the weights makes a new one, initialised
@@ -74,7 +75,8 @@ def create_model(
         device: Where the model shall be.
         manifest: Another manifest than the package's.
         kwargs: Anything that timm's constructor or builder takes: `features_only`, `in_chans` and `img_size` (weights
-            are adapted by timm's rules), `drop_path_rate`, …
+            are adapted by timm's rules), `drop_path_rate`, …; and the fields of `hub.access.Access`, which say how
+            files may be fetched: `revision`, `cache_dir`, `local_files_only`, `endpoint`, `token`.
 
     Returns:
         The model, in training mode as timm's are.
@@ -84,9 +86,10 @@ def create_model(
         WeightsError: If there are no such weights, they are damaged, or they do not fit; every mismatch is named.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    access = _access(kwargs)
     asked = _parse(name)
     if pretrained or weights is not None or asked.source != "registry":
-        found = _resolve(name, weights, manifest)
+        found = _resolve(name, weights, manifest, access)
         model = _load_encoder(found, num_classes, dtype or torch.float32, kwargs)
     else:
         if asked.tag:
@@ -111,6 +114,7 @@ def create_pretext(
     device: torch.device | str | None = None,
     *,
     manifest: Manifest | None = None,
+    **kwargs: Any,
 ) -> CIM:
     """Creates the encoder pair with its correlation head.
 
@@ -123,17 +127,21 @@ def create_pretext(
         dtype: Of the parameters; float32 by default.
         device: Where the model shall be.
         manifest: Another manifest than the package's.
+        kwargs: The fields of `hub.access.Access`, as for `create_model`.
 
     Raises:
         ConfigError: As `create_model`.
         WeightsError: As `create_model`, and if the weights have no correlation head.
     """
+    access = _access(kwargs)
+    if kwargs:
+        raise ConfigError(f"create_pretext takes no {', '.join(kwargs)}")
     asked = _parse(name)
     if not pretrained and weights is None and asked.source == "registry":
         if asked.tag:
             raise ConfigError(f"{name} without pretrained=True: give the architecture, {asked.architecture}")
         return CIM(build(asked.architecture)).to(device=device, dtype=dtype)
-    found = _resolve(name, weights, manifest, "pretext")
+    found = _resolve(name, weights, manifest, access, "pretext")
     if found.pretext is None or not {"pretext", "head"} & found.files.keys():
         raise WeightsError(f"{found.name} holds no correlation head: give a run directory or a release that has one")
     parts = {part: prefix for part, prefix in PREFIXES.items() if part in found.files}
@@ -182,16 +190,19 @@ def create_from_timm(
     """`create_model` with the arguments that `timm.create_model` hands to an entry point.
 
     A tag is one of the manifest. `file` of a configuration or an overlay, as timm's `local-dir:` gives it too, is a
-    file or folder of the user's. The other two arguments are of timm's own loader.
+    file or folder of the user's; `hf_hub_id`, which `hf-hub:` gives, a repository. `pretrained_model_args` are of
+    timm's own loader.
     """
     cfg = vars(pretrained_cfg) if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     if isinstance(cfg, str):
         name, cfg = f"{name}.{cfg}", None
     given = {**(cfg or {}), **(pretrained_cfg_overlay or {})}
-    if pretrained and not given.get("file") and any(given.get(key) for key in ("url", "hf_hub_id", "state_dict")):
-        raise WeightsError(f"{name}: this version loads neither a url nor a Hub id nor a dictionary: give a file")
-    if pretrained and given.get("file"):
-        kwargs["weights"], name = given["file"], name.partition(".")[0]
+    place = given.get("file") or (f"hf-hub:{given['hf_hub_id']}" if given.get("hf_hub_id") else None)
+    if pretrained and not place and any(given.get(key) for key in ("url", "state_dict")):
+        raise WeightsError(f"{name}: neither a url nor a dictionary is loaded: give a file or a Hub id")
+    if pretrained and place:
+        kwargs["weights"], name = place, name.partition(".")[0]
+    kwargs["cache_dir"] = cache_dir
     return create_model(name, pretrained, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs)
 
 
@@ -204,11 +215,16 @@ def _parse(name: str | Path) -> Name:
     return asked
 
 
+def _access(kwargs: dict[str, Any]) -> Access:
+    """Takes the arguments that say how files may be fetched out of all the others."""
+    return Access(**{field.name: kwargs.pop(field.name) for field in fields(Access) if field.name in kwargs})
+
+
 def _resolve(
-    name: str | Path, weights: str | Path | None, manifest: Manifest | None, part: Part = "backbone"
+    name: str | Path, weights: str | Path | None, manifest: Manifest | None, access: Access, part: Part = "backbone"
 ) -> Weights:
     """Verified files of one of our architectures."""
-    found = resolve(name, weights, manifest, part)
+    found = resolve(name, weights, manifest, part, access)
     if found.architecture not in ARCHITECTURES:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, which is not of this package")
     if found.entry is not None:

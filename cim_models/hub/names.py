@@ -39,7 +39,7 @@ def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
     Raises:
         ConfigError: If it is none of these.
     """
-    text = os.fspath(name)
+    text, known = os.fspath(name), list(known)
     scheme, colon, rest = text.partition(":")
     if colon and re.fullmatch(r"[A-Za-z][\w+-]+", scheme) and not isinstance(name, Path):
         if scheme == "local-dir" and rest:
@@ -49,10 +49,9 @@ def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
             return Name("hf-hub", hub[1], revision=hub[2] or "")
         if scheme in ("hf-hub", "local-dir"):
             form = "hf-hub:org/name[@revision]" if scheme == "hf-hub" else "local-dir:PATH"
-            raise ConfigError(f"{text!r} is not of the form {form}")
-        close = difflib.get_close_matches(scheme.lower(), ("hf-hub", "local-dir"), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}:{rest}?" if close else "there are hf-hub:org/name and local-dir:PATH"
-        raise ConfigError(f"{text!r} begins with an unknown source {scheme!r}: {hint}")
+            hint = f": did you mean {rest}?" if rest.partition(".")[0] in known else ""
+            raise ConfigError(f"{text!r} is not of the form {form}{hint}")
+        raise ConfigError(f"{text!r} begins with an unknown source {scheme!r}: {_meant(scheme, rest, known)}")
     slashed = "/" in text or "\\" in text
     if isinstance(name, Path) or text.startswith((".", "~", "/", "\\")) or text.endswith(".safetensors"):
         return Name("path", text)
@@ -66,10 +65,21 @@ def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
     return Name("registry", "", registry[1], registry[2] or "", registry[3] or "")
 
 
+def _meant(scheme: str, rest: str, known: Iterable[str]) -> str:
+    """What was probably meant by a name with a colon."""
+    page = re.fullmatch(r"//(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)(?:/(?:tree|commit|blob)/([^/]+).*)?/?", rest)
+    if page:
+        return f"did you mean hf-hub:{page[1]}{f'@{page[2]}' if page[2] else ''}?"
+    if scheme in known:
+        return f"did you mean {scheme}.{rest}?"
+    close = difflib.get_close_matches(scheme.lower(), ("hf-hub", "local-dir"), n=1, cutoff=0.5)
+    return f"did you mean {close[0]}:{rest}?" if close else "there are hf-hub:org/name and local-dir:PATH"
+
+
 def close_to(text: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: what was probably meant, or all that there is."""
     known = list(known)
-    close = difflib.get_close_matches(text.lower().replace("-", "_"), known, n=3, cutoff=0.75)
+    close = difflib.get_close_matches(re.sub(r"[- ]", "_", text.lower()), known, n=3, cutoff=0.75)
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": there are {', '.join(known)}" if known else ": there are none yet"

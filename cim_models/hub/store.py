@@ -1,14 +1,14 @@
 """A name or a path → files whose bytes are known to be right. Needs no torch.
 
-A released file is taken from the first place that holds it whole: the folder CIM_MODELS_MIRROR, then the repository or
-the installed package. Size and sha256 are compared with the manifest at every load.
+A released file is taken from the first place that holds it whole: the folder CIM_MODELS_MIRROR, the repository or the
+installed package, the cache of downloads, then the entry's sources on the network. Size and sha256 are compared with
+the manifest at every load.
 """
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub.access import Access
 from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
-from cim_models.hub.manifest import Manifest, load_manifest, read_json
-from cim_models.hub.names import parse_name
+from cim_models.hub.integrity import check_file
+from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.names import Name, parse_name
 
 MIRROR = "CIM_MODELS_MIRROR"
 """Environment variable: a folder laid out like the repository, or a release folder."""
@@ -60,6 +62,7 @@ def resolve(
     weights: str | Path | None = None,
     manifest: Manifest | None = None,
     part: Part = "backbone",
+    access: Access | None = None,
 ) -> Weights:
     """Finds and verifies the files of a name.
 
@@ -68,11 +71,14 @@ def resolve(
         weights: Where from, instead of the manifest: a release folder, a run directory, a safetensors file, or a name.
         manifest: Another manifest than the package's.
         part: An architecture means its newest weights that hold this.
+        access: How files may be fetched; by default as the environment says.
 
     Raises:
-        ConfigError: If the name is none, or name and weights contradict each other.
-        WeightsError: If there are no such weights, a file is missing or damaged, or is of another architecture.
+        ConfigError: If the name is none, or name, weights and revision contradict each other.
+        WeightsError: If there are no such weights, a file is missing, damaged or out of reach, or they are of another
+            architecture.
     """
+    access = access or Access()
     manifest = manifest or load_manifest()
     known = [*manifest.entries, *(entry.architecture for entry in manifest.entries.values())]
     asked = parse_name(name, known)
@@ -81,25 +87,29 @@ def resolve(
         if asked.source != "registry" or asked.tag or asked.revision:
             raise ConfigError(f"with weights={str(weights)!r} the name is an architecture, not {str(name)!r}")
         given = parse_name(Path(weights) if Path(weights).exists() else weights, known)
+    if access.revision and given.revision not in ("", access.revision):
+        raise ConfigError(f"{weights or name} with revision={access.revision!r}: say one of the two")
+    given = replace(given, revision=given.revision or access.revision or "")
     if given.source == "hf-hub":
-        raise WeightsError(
-            f"{weights or name}: the Hugging Face Hub is not available in this version yet: "
-            "download the repository and give its folder, weights='FOLDER' or local-dir:FOLDER"
-        )
-    if given.source == "path":
+        found = _from_hub(given, access)
+    elif given.source == "path":
+        if given.revision:
+            raise ConfigError(f"{weights or name} is a path, which has no revision {given.revision!r}: leave it out")
         found = from_path(Path(given.location).expanduser(), asked.architecture)
-    elif given.revision:
-        raise WeightsError(f"{given.id}@{given.revision}: this version has no revisions yet: leave it out")
     else:
-        entry = manifest.find(given.id, part)
-        found = _from_entry(entry, released_files(entry, manifest.root), ours=True)
+        found = _from_manifest(given, manifest.find(given.id, part), manifest.root, access)
     if asked.architecture and found.architecture != asked.architecture:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, not of {asked.architecture}")
     return found
 
 
-def released_files(entry: Entry, root: Path) -> dict[str, tuple[Path, ...]]:
+def released_files(entry: Entry, root: Path, access: Access | None = None) -> dict[str, tuple[Path, ...]]:
     """The verified files of an entry by part, from the first source that holds each of them whole.
+
+    Args:
+        entry: Of the manifest.
+        root: The folder that its files are relative to.
+        access: How files may be fetched; by default as the environment says.
 
     Raises:
         WeightsError: Naming every copy that was found and what is wrong with it.
@@ -107,45 +117,48 @@ def released_files(entry: Entry, root: Path) -> dict[str, tuple[Path, ...]]:
     mirror = os.environ.get(MIRROR)
     if mirror and not Path(mirror).is_dir():
         raise WeightsError(f"{MIRROR}={mirror} is not a folder: correct the variable or unset it")
+    downloads = None
     files: dict[str, tuple[Path, ...]] = {}
     for file in entry.files:
         name = Path(file.path).name
         places = [Path(mirror, place) for place in (file.path, f"{entry.id}/{name}", name)] if mirror else []
-        files[file.part] = (*files.get(file.part, ()), _first_good([*places, root / file.path], file, entry.id))
+        if not mirror or Path(mirror).resolve() != root.resolve():
+            places.append(root / file.path)
+        path, complaints = _first_good(places, file)
+        if path is None and remote(entry):
+            from cim_models.hub.download import Downloads
+
+            downloads = downloads or Downloads(remote(entry), access or Access())
+            try:
+                path = downloads.obtain(file)
+            except WeightsError as error:
+                raise WeightsError(f"{entry.id}: {'; '.join([*complaints, str(error)])}") from error
+        if path is None:
+            found = "; ".join(complaints) or f"there is no {' nor '.join(map(str, places))}"
+            todo = f"install cim-models again, or set {MIRROR} to a folder that holds good copies"
+            raise WeightsError(f"{entry.id}: {found}; {todo}")
+        for complaint in complaints:
+            logger.warning("%s; used %s", complaint, path)
+        files[file.part] = (*files.get(file.part, ()), path)
     return files
 
 
-def _first_good(places: list[Path], file: WeightFile, id: str) -> Path:
-    complaints = []
+def remote(entry: Entry) -> list[str]:
+    """The sources of an entry that are on the network."""
+    return [source for source in entry.sources if source != "repository"]
+
+
+def _first_good(places: list[Path], file: WeightFile) -> tuple[Path | None, list[str]]:
+    """The first verified copy, and what is wrong with those before it."""
+    complaints: list[str] = []
     for path in places:
-        if not path.is_file():
-            continue
-        try:
-            check_file(path, file)
-        except WeightsError as error:
-            complaints.append(str(error))
-            continue
-        for complaint in complaints:
-            logger.warning("%s; used %s", complaint, path)
-        return path
-    found = "; ".join(complaints) or f"there is no {' nor '.join(map(str, places))}"
-    raise WeightsError(f"{id}: {found}; install cim-models again, or set {MIRROR} to a folder that holds good copies")
-
-
-def check_file(path: Path, file: WeightFile) -> None:
-    """Compares size and sha256 of a file with its record; WeightsError with what was expected and found."""
-    try:
-        size = path.stat().st_size
-        if size != file.size:
-            raise WeightsError(f"{path} is damaged: {file.size} bytes expected, {size} found")
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != file.sha256:
-        raise WeightsError(f"{path} is damaged: sha256 {file.sha256} expected, {digest.hexdigest()} found")
+        if path.is_file():
+            try:
+                check_file(path, file)
+                return path, complaints
+            except WeightsError as error:
+                complaints.append(str(error))
+    return None, complaints
 
 
 def read_header(path: Path) -> Header:
@@ -207,32 +220,100 @@ def _from_entry(entry: Entry, files: Mapping[str, tuple[Path, ...]], ours: bool,
     )
 
 
+def _from_manifest(given: Name, entry: Entry, root: Path, access: Access) -> Weights:
+    """A released entry, or what another revision of its repository on the Hub holds."""
+    source = next((source for source in entry.sources if source.startswith("hf-hub:")), "")
+    repository, _, commit = source.removeprefix("hf-hub:").partition("@")
+    if given.revision in ("", commit):
+        return _from_entry(entry, released_files(entry, root, access), ours=True)
+    if not source:
+        raise WeightsError(
+            f"{given.id}@{given.revision}: {entry.id} is not on the Hub, so it has no revisions: leave it out"
+        )
+    found = _from_hub(Name("hf-hub", repository, revision=given.revision), access)
+    if found.entry is None or found.entry.id != entry.id:
+        raise WeightsError(f"{found.name} holds {found.entry.id if found.entry else 'something else'}, not {entry.id}")
+    return found
+
+
+def _from_hub(given: Name, access: Access) -> Weights:
+    """A repository on the Hub at a revision: one of our releases, or what timm wrote for one of our architectures."""
+    from cim_models.hub.download import Downloads
+    from cim_models.hub.remote import Source, commit_of, described, small_file
+
+    downloads = Downloads((), access)
+    cache, patience = downloads.cache, downloads.patience
+    commit = commit_of(given.location, given.revision, access, cache, patience)
+    source = Source(f"hf-hub:{given.location}@{commit}", access)
+    downloads.sources = [source]
+    config = _parsed(small_file(source, "config.json", cache, patience), f"config.json of {source.name}")
+
+    def obtain(file: WeightFile) -> Path:
+        return downloads.obtain(file if file.size else described(source, file.path, cache, patience))
+
+    return _from_config(config, source.name, obtain, ours=True)
+
+
 def _from_folder(folder: Path) -> Weights:
-    """A release folder of ours, with its entry in config.json, or one that timm wrote for one of our architectures."""
+    """A release folder of ours, or one that timm wrote for one of our architectures."""
     path = folder / "config.json"
     try:
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path}: not a JSON object")
-        if "cim_models" in config:
-            entry = read_entry(config["cim_models"], f"{path}: cim_models")
-            files: dict[str, tuple[Path, ...]] = {}
-            for file in entry.files:
-                good = folder / Path(file.path).name
-                check_file(good, file)
-                files[file.part] = (*files.get(file.part, ()), good)
-            return _from_entry(entry, files, ours=False, name=str(folder))
-    except ConfigError as error:
-        raise WeightsError(str(error)) from error
+        config = _parsed(path.read_bytes(), path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
+
+    def obtain(file: WeightFile) -> Path:
+        path = folder / Path(file.path).name
+        if file.size:
+            check_file(path, file)
+        return path
+
+    return _from_config(config, str(folder), obtain, ours=False)
+
+
+def _parsed(content: bytes, where: str | Path) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise WeightsError(f"{where}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{where}: not a JSON object")
+    return config
+
+
+def _from_config(
+    config: dict[str, Any],
+    name: str,
+    obtain: Callable[[WeightFile], Path],
+    ours: bool,
+) -> Weights:
+    """What a config.json describes: by our entry in it, or as timm writes it.
+
+    Args:
+        config: Parsed.
+        name: Of the place, for messages.
+        obtain: Gives a verified file; one of size 0 is known by its name only.
+        ours: Whether nobody else writes to the files.
+    """
+    if "cim_models" in config:
+        try:
+            entry = read_entry(config["cim_models"], f"{os.path.join(name, 'config.json')}: cim_models")
+        except ConfigError as error:
+            raise WeightsError(str(error)) from error
+        files: dict[str, tuple[Path, ...]] = {}
+        for file in entry.files:
+            files[file.part] = (*files.get(file.part, ()), obtain(file))
+        return _from_entry(entry, files, ours=ours, name=name)
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
     cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
     return Weights(
-        name=str(folder),
+        name=name,
         architecture=str(config.get("architecture")),
-        files={"backbone": (folder / "model.safetensors",)},
+        files={"backbone": (obtain(WeightFile("model.safetensors", "backbone", 0, "")),)},
         model_args=model_args,
         preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,
+        ours=ours,
     )
 
 

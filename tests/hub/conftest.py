@@ -7,14 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from loopback import Loopback
 from safetensors.torch import save_file
 
 from cim_models.backbones import build
+from cim_models.hub import download, waiting
 from cim_models.hub.entry import (
     Data,
     Entry,
@@ -114,6 +116,51 @@ def make_release(
 def release(tmp_path) -> Callable[..., tuple[Manifest, Entry]]:
     """`release(id, …)` makes another release beside those of this test: `make_release` in one folder."""
     return lambda *args, **kwargs: make_release(tmp_path / "root", *args, **kwargs)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[Loopback]:
+    """A Hub that HF_ENDPOINT names, with an empty cache, and little patience with it."""
+    for name in list(os.environ):
+        if name.startswith(("HF_", "CIM_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(waiting, "PAUSES", (0.02, 0.02, 0.02))
+    monkeypatch.setattr(waiting, "STEP", 0.5)
+    monkeypatch.setattr(download, "IDLE", 1.0)
+    with Loopback() as hub:
+        for name, value in hub_environment(hub, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        yield hub
+
+
+def hub_environment(hub: Loopback, folder: Path) -> dict[str, str]:
+    """What a process must find in its environment to use a Hub, with caches in a folder."""
+    return {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_CACHE": str(folder / "cache"),
+        "XDG_CACHE_HOME": str(folder / "own"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def put_on_hub(hub: Loopback, manifest: Manifest, entry: Entry, repository: str = "org/name", **kwargs) -> Entry:
+    """Moves the files of an entry from its repository to the Hub; the entry that says so is in the manifest."""
+    folder = manifest.root / "weights" / entry.id
+    commit = hub.add(repository, {path.name: path.read_bytes() for path in folder.iterdir()}, **kwargs)
+    shutil.rmtree(folder)
+    entry = dataclasses.replace(entry, sources=(f"hf-hub:{repository}@{commit}",))
+    write_manifest(manifest.with_entry(entry))
+    return entry
+
+
+@pytest.fixture
+def published(hub, release) -> tuple[Manifest, Entry, dict[str, bytes]]:
+    """A release that is on the Hub alone: the manifest, its entry, and the content of its files."""
+    manifest, entry = release(pretext="head")
+    contents = {Path(file.path).name: (manifest.root / file.path).read_bytes() for file in entry.files}
+    entry = put_on_hub(hub, manifest, entry)
+    return load_manifest(manifest.root), entry, contents
 
 
 def make_copy(folder: Path) -> Path:

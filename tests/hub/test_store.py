@@ -224,8 +224,6 @@ def test_header(tmp_path):
 @pytest.mark.parametrize(
     ("name", "weights", "error", "message"),
     [
-        ("hf-hub:org/name@0123", None, WeightsError, "not available in this version yet: .*weights='FOLDER'"),
-        ("cim_vit_tiny", "hf-hub:org/name", WeightsError, "hf-hub:org/name: the Hugging Face Hub is not available"),
         ("cim_vit_tiny.one@v1", None, WeightsError, "cim_vit_tiny.one@v1: .*leave it out"),
         (
             "cim_vit_tiny.one",

@@ -129,7 +129,7 @@ def test_files_of_the_user(release, tmp_path):
     cfg = dataclasses.replace(timm.get_pretrained_cfg("cim_vit_tiny"), file=str(tmp_path / "plain.safetensors"))
     model = timm.create_model("cim_vit_tiny", pretrained=True, pretrained_cfg=cfg, **entry.model_args)
     assert torch.equal(model.cls_token, expected["cls_token"])
-    for source in ({"url": "https://example.org/x.pth"}, {"hf_hub_id": "org/name"}, {"state_dict": expected}):
+    for source in ({"url": "https://example.org/x.pth"}, {"state_dict": expected}):
         with pytest.raises(WeightsError, match="give a file"):
             create_from_timm("cim_vit_tiny", True, pretrained_cfg_overlay=source)
     with pytest.raises(ConfigError, match="did you mean cim_vit_tiny"):

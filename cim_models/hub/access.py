@@ -1,0 +1,43 @@
+"""How files may be fetched: offline or not, from where, as whom, and where they are kept. Needs no torch."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Access:
+    """What a caller may say about fetching; environment variables are read when something is fetched, not once."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the Hub: the same as `@revision` behind a name."""
+    cache_dir: str | Path | None = None
+    """Where downloads are kept; by default HF_HUB_CACHE."""
+    local_files_only: bool = False
+    """No request: only what is here. HF_HUB_OFFLINE=1 says the same of everything."""
+    endpoint: str | None = None
+    """Address of the Hub; by default HF_ENDPOINT."""
+    token: bool | str = False
+    """A token of the Hub, True for the one that is stored on this machine; by default nobody sees one."""
+
+    @property
+    def offline(self) -> bool:
+        """Whether requests are forbidden."""
+        from huggingface_hub import constants
+
+        said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+        return self.local_files_only or constants.HF_HUB_OFFLINE or said.upper() in ("1", "ON", "YES", "TRUE")
+
+    @property
+    def hub(self) -> str:
+        """The Hub's address, without a slash at its end."""
+        from huggingface_hub import constants
+
+        return (self.endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+    @property
+    def hub_cache(self) -> Path:
+        """The folder where the Hub's client keeps files."""
+        from huggingface_hub import constants
+
+        return Path(self.cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()

@@ -1,0 +1,122 @@
+"""How long a server that says nothing is waited for, and what is tried again. Needs no torch."""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from cim_models.errors import WeightsError
+
+TOTAL, IDLE, STEP = 25.0, 15.0, 8.0
+"""Seconds without anything arriving: of all sources together, of one source, of one request."""
+PAUSES = (0.5, 1.0, 2.0)
+"""Seconds before a request is made again after a trouble that may pass."""
+
+Result = TypeVar("Result")
+
+
+class Unreachable(WeightsError):
+    """A server that does not answer, or says that it cannot now."""
+
+
+class Passing(Exception):
+    """A trouble that may pass; its text says what it was."""
+
+
+class Patience:
+    """A time that runs out unless something arrives.
+
+    Args:
+        seconds: That it lasts.
+    """
+
+    def __init__(self, seconds: float = IDLE):
+        self.seconds = seconds
+        self.size = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Something has arrived."""
+        self.until = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(self.until - time.monotonic(), 0.0)
+
+    def look(self, size: int) -> None:
+        """Watches a file that another process writes.
+
+        Raises:
+            Unreachable: If it has not grown for too long.
+        """
+        if size > self.size:
+            self.size = size
+            self.renew()
+        if not self.left:
+            raise Unreachable(f"another process downloads it and has received nothing for {self.seconds:.0f} s")
+
+
+def persist(what: str, call: Callable[[float], Result], patience: Patience) -> Result:
+    """Makes a request, again after troubles that may pass, until patience runs out.
+
+    Args:
+        what: It is for, in messages.
+        call: Makes it, given the seconds that it may wait for an answer.
+        patience: Renewed by every answer, and by a call that renews it itself.
+
+    Raises:
+        Unreachable: If there is no answer, or 429 or 5xx, for ever.
+        WeightsError: If the answer is no; `explain` says what to do.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    failures, trouble = 0, Exception()
+    while True:
+        before = patience.until
+        try:
+            result = call(max(0.1, min(STEP, patience.left)))
+            patience.renew()
+            return result
+        except OfflineModeIsEnabled as error:
+            raise Unreachable(f"{what}: HF_HUB_OFFLINE is set") from error
+        except HfHubHTTPError as error:
+            code = error.response.status_code if error.response is not None else 0
+            if code != 429 and code < 500:
+                raise WeightsError(f"{what}: {explain(error)}") from error
+            trouble, said = error, f"the server answers {code}"
+        except (HFValidationError, httpx.InvalidURL) as error:
+            raise WeightsError(f"{what}: {error}") from error
+        except (httpx.TransportError, httpx.DecodingError, Passing, ValueError) as error:
+            trouble, said = error, str(error) or type(error).__name__
+            if not isinstance(error, Passing):
+                said = f"the server cannot be reached: {said}"
+        failures = 1 if patience.until != before else failures + 1
+        pause = PAUSES[min(failures, len(PAUSES)) - 1]
+        if failures > len(PAUSES) or patience.left <= pause:
+            raise Unreachable(f"{what}: {said}") from trouble
+        time.sleep(pause)
+
+
+def explain(error: Any) -> str:
+    """What the Hub's refusal means for the user."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    code = error.response.status_code if error.response is not None else 0
+    if isinstance(error, GatedRepoError):
+        return f"access is gated ({code}): accept the terms on the repository's page, then give token=True or a token"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no such repository, or it is private ({code}): check the name, or give token=True or a token"
+    if isinstance(error, RevisionNotFoundError):
+        return f"there is no such revision ({code}): give a branch, a tag or a commit of 40 digits that exists"
+    if isinstance(error, EntryNotFoundError):
+        return f"there is no such file ({code})"
+    said = getattr(error, "server_message", None) or "without a reason"
+    if code == 401:
+        return f"refused (401, {said}): check the token, or leave it out for public weights"
+    return f"refused ({code}, {said}): check the name and HF_ENDPOINT, or give token=True or a token"
