@@ -128,20 +128,9 @@ def hub(tmp_path, monkeypatch) -> Iterator[Loopback]:
     monkeypatch.setattr(waiting, "STEP", 0.5)
     monkeypatch.setattr(download, "IDLE", 1.0)
     with Loopback() as hub:
-        for name, value in hub_environment(hub, tmp_path).items():
+        for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)
         yield hub
-
-
-def hub_environment(hub: Loopback, folder: Path) -> dict[str, str]:
-    """What a process must find in its environment to use a Hub, with caches in a folder."""
-    return {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_CACHE": str(folder / "cache"),
-        "XDG_CACHE_HOME": str(folder / "own"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
 
 
 def put_on_hub(hub: Loopback, manifest: Manifest, entry: Entry, repository: str = "org/name", **kwargs) -> Entry:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -170,6 +171,17 @@ class Loopback:
         """Queues a fault for the next `times` requests whose `METHOD path` the pattern `where` is found in."""
         self.faults.append(Fault(re.compile(where), times, **kwargs))
         return self.faults[-1]
+
+    def environment(self, folder: Path) -> dict[str, str]:
+        """What a process must find in its environment to use this Hub, with its caches in a folder."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "XDG_CACHE_HOME": str(folder / "own"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
 
     def requests(self, where: str = "") -> list[Request]:
         """The logged requests whose `METHOD path` the pattern is found in."""
