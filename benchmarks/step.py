@@ -24,8 +24,8 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from cim_models.backbones import build
+from cim_models.precision import fast_bf16
 from cim_models.pretext.model import CIM
-from cim_models.pretraining.loop import fast_bf16
 
 CONTEXT, EXEMPLAR, COUNT, MOMENTUM = 160, 64, 6, 0.99
 

@@ -22,6 +22,7 @@ from cim_models.errors import CheckpointError, ConfigError
 from cim_models.files import replacing
 from cim_models.images import find_images
 from cim_models.plots import correlation_sheet
+from cim_models.precision import fast_bf16
 from cim_models.pretext import views as views_module
 from cim_models.pretext.measures import location_prior
 from cim_models.pretext.model import CIM
@@ -211,13 +212,6 @@ def build(config: PretrainConfig, log_odds: float) -> CIM:
     head: Any = cim.head
     head.start_from(log_odds)
     return cim
-
-
-def fast_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 natively: its GPU, or a CPU with AVX512-BF16."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
 
 
 def draw_samples(views: Views, logits: Tensor, images: int = 6, exemplars: int = 3) -> Any:

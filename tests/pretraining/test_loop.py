@@ -30,7 +30,7 @@ from cim_models.pretext.views import make_views
 from cim_models.pretraining import loop, schedules
 from cim_models.pretraining.config import PretrainConfig, load_recipe, to_dict
 from cim_models.pretraining.data import GlobalBatches, Pictures, loader
-from cim_models.pretraining.loop import build, fast_bf16, pretrain
+from cim_models.pretraining.loop import build, pretrain
 
 TIMES = {"images_per_second", "data_wait"}
 NUMBERS = {
@@ -458,11 +458,6 @@ def test_an_untrained_head_answers_with_the_prior(configure):
     cim = build(config, prior.log_odds)
     probabilities = cim.locate(torch.randn(1, 3, 64, 64), torch.randn(1, 2, 3, 32, 32))
     assert torch.allclose(probabilities, torch.tensor(prior.log_odds).sigmoid(), atol=1e-6)
-
-
-@pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
-def test_auto_is_bf16_where_the_processor_has_it():
-    assert fast_bf16() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
 
 
 def test_precision(photographs, configure, out, monkeypatch):
