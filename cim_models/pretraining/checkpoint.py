@@ -1,7 +1,6 @@
 """What a run keeps: `last.pt` to go on from, and its encoders as safetensors."""
 
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,9 @@ from cim_models.errors import CheckpointError
 from cim_models.files import replacing
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
+from cim_models.state import load_state, save_state
 
 NOT_COMPARED = ("out", "resume", "log_every", "save_every", "tensorboard", "data.workers", "data.path")
-
-
-def save_state(state: dict[str, Any], path: Path) -> None:
-    """Writes plain data as one file, whole or not at all.
-
-    Raises:
-        CheckpointError: If it cannot be written; what was there before is kept.
-    """
-    with replacing(path, CheckpointError) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"is the disk full? {error}") from error
 
 
 def save(
@@ -57,16 +44,11 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
         CheckpointError: If there is none, it cannot be read, or it is of another run.
     """
     path = directory / "last.pt"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint to resume; leave --resume out to start a run here")
+    state = load_state(path, "a pretraining run")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it wrote
-            if wrong := archive.testzip():
-                raise ValueError(f"wrong checksum of {wrong}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
         saved, step, total = state["config"], state["step"], state.get("steps", steps)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: no {error}") from error
     now = _flat(to_dict(config))
     before = {**_flat(to_dict(PretrainConfig())), **_flat(saved)}  # a field that is newer than the checkpoint was unset
     differences = [

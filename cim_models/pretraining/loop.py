@@ -31,6 +31,7 @@ from cim_models.pretraining import checkpoint, schedules
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, loader
 from cim_models.pretraining.diagnostics import diagnose
+from cim_models.state import save_state
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +288,7 @@ def _stop_at(
     name = "loss" if bad < len(read) else "norm of the gradient"
     path = directory / f"nonfinite-step{step}-rank{rank}.pt"
     kept = {"step": step, "losses": values[:-1].tolist(), "grad_norm": float(values[-1]), "config": to_dict(config)}
-    checkpoint.save_state({**kept, **read[min(bad, len(read) - 1)]}, path)
+    save_state({**kept, **read[min(bad, len(read) - 1)]}, path)
     return (
         f"the {name} is {float(values[bad])} at step {step}: the batch is saved as {path}, and last.pt beside it, if "
         "there is one, is the last good checkpoint; try a lower optimiser.lr, a longer warm-up or optimiser.clip"

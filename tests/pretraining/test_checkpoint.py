@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import export, load, save, save_state, start_from
+from cim_models.pretraining.checkpoint import export, load, save, start_from
 from cim_models.pretraining.config import PretrainConfig, to_dict
+from cim_models.state import save_state
 
 
 def build(depth: int = 1, **pretext) -> tuple[CIM, torch.optim.Optimizer]:
