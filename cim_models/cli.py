@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate lowshot": ("cim_models.evaluation.lowshot:lowshot", "accuracy with few labels on frozen features"),
     "evaluate report": ("cim_models.evaluation.report:report", "tables and plots of results"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
+    "export": ("cim_models.hub.export:export", "write an encoder as ONNX"),
     "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
 }
 """Name: the function to call, and one line of help. Its signature and docstring are the command's options and help."""
