@@ -1,7 +1,6 @@
 """Texts made from manifest entries: the card of a release, and README's table of models. Needs no torch."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from cim_models.errors import ConfigError
+from cim_models.files import replacing
 from cim_models.hub.entry import Entry, Metric
 from cim_models.hub.manifest import Manifest
 
@@ -116,12 +116,8 @@ def update_readme(manifest: Manifest) -> Path | None:
     path = manifest.root / "README.md"
     if not path.is_file() or BEGIN not in path.read_text(encoding="utf-8"):
         return None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(readme_with_table(path.read_text(encoding="utf-8"), manifest), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write_text(readme_with_table(path.read_text(encoding="utf-8"), manifest), encoding="utf-8")
     return path
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub.card import LOG, NOT_STATED, RECIPE, update_readme
-from cim_models.hub.entry import Data, Entry, Metric, Pretext
+from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
-from cim_models.hub.manifest import load_manifest, read_json, write_manifest
+from cim_models.hub.manifest import load_manifest, write_manifest
+from cim_models.hub.metrics import read_metrics
 from cim_models.hub.store import Header, read_header
 from cim_models.pretext.model import PretextConfig
 
@@ -39,7 +40,7 @@ def release(
     data: str = NOT_STATED,
     terms: str = NOT_STATED,
     licence: str = NOT_STATED,
-    metrics: Path | None = None,
+    metrics: tuple[Path, ...] = (),
     hardware: str = NOT_STATED,
     crop_pct: float = 0.9,
     replace: bool = False,
@@ -56,9 +57,9 @@ def release(
         data: Name of the data set that the run saw.
         terms: Of that data set.
         licence: Of the weights, such as Apache-2.0.
-        metrics: JSON file, a list of objects {"name", "value", "data", "command"}. Names end in .online, .target or
-            .random (the untrained backbone) where a number is of one of them; those with `top` in them are accuracies
-            in [0, 1].
+        metrics: JSON files that `cim evaluate` wrote, of which those that differ in their seeds become one mean, or
+            lists of objects {"name", "value", "data", "command"}. Names end in .online, .target or .random (the
+            untrained backbone) where a number is of one of them; those with `top` in them are shares in [0, 1].
         hardware: That the run took.
         crop_pct: Side of the evaluation crop, as a fraction of the picture's short side.
         replace: Write over a release of this id.
@@ -98,7 +99,7 @@ def release(
         dtype=dtype,
         licence=licence,
         data=(Data(data, terms),),
-        metrics=_read_metrics(metrics),
+        metrics=read_metrics(metrics),
         summary=summary or f"The {encoder} encoder of {architecture} after {images:,} images.",
         released=date.today().isoformat(),
         **BLANK,
@@ -143,15 +144,6 @@ def _read_tensors(run: Path, name: str) -> dict[str, Tensor]:
         return load_file(run / f"{name}.safetensors")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{run / name}.safetensors cannot be read: {error}") from error
-
-
-def _read_metrics(path: Path | None) -> tuple[Metric, ...]:
-    found = [] if path is None else read_json(path)
-    try:
-        return tuple(Metric(**metric) for metric in found)
-    except TypeError as error:
-        form = '[{"name": …, "value": …, "data": …, "command": …}, …]'
-        raise ConfigError(f"{path} is not of the form {form}: {error}") from error
 
 
 def _published_log(path: Path) -> str:

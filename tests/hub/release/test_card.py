@@ -23,7 +23,7 @@ TEXTS = dict(summary="Small, for tests.", data="Tiny", terms="research only", li
 
 
 def test_the_card_says_what_a_user_must_know(run, root):
-    made = module.release(run, id="cim_vit_tiny.t1", root=root, metrics=run / "metrics.json", **TEXTS)
+    made = module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
     text = (made / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license"], front["library_name"]) == ("apache-2.0", "timm") and "timm" in front["tags"]
@@ -74,7 +74,7 @@ def copy(making, tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "cim_models", folder / "cim_models", ignore=shutil.ignore_patterns("__pycache__", "_data"))
     making.make_run(folder / "run")
     metrics = folder / "run" / "metrics.json"
-    module.release(folder / "run", id="cim_vit_tiny.t1", root=making.make_root(folder), metrics=metrics)
+    module.release(folder / "run", id="cim_vit_tiny.t1", root=making.make_root(folder), metrics=(metrics,))
     return folder
 
 
@@ -92,7 +92,7 @@ def test_the_snippet_of_the_card_runs(making, copy, tmp_path):
 
 
 def test_readme_has_the_table_of_the_manifest(run, root):
-    module.release(run, id="cim_vit_tiny.t1", root=root, metrics=run / "metrics.json", **TEXTS)
+    module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- models -->\n| name |") and text.endswith("|\n<!-- /models -->\n\nEnd\n")
     row = "| 64 × 64 | Tiny | knn_top1 9.1% (random weights 2.4%), Tiny val | Apache-2.0 |"

@@ -244,7 +244,7 @@ def test_ids_that_cannot_be(run, root, id):
 def test_metrics_that_cannot_be(run, root, text):
     (run / "metrics.json").write_text(text)
     with pytest.raises(ConfigError, match="metrics"):
-        module.release(run, id="cim_vit_tiny.t1", root=root, metrics=run / "metrics.json")
+        module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",))
     assert not (root / "weights" / "cim_vit_tiny.t1").exists()
 
 
