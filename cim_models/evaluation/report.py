@@ -182,7 +182,7 @@ def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]])
 
 
 def _data(section: Section) -> str:
-    """The splits and what guessing reaches."""
+    """The splits, what is measured on them, and what guessing reaches."""
     lines = []
     for name, split in section.first.data.items():
         limit = f", at most {split['limit_per_class']} per class" if split.get("limit_per_class") else ""
@@ -190,7 +190,8 @@ def _data(section: Section) -> str:
         count = f"{split.get('images', 0):,} images of {split.get('classes', '?')} classes{limit}{missing}"
         lines.append(f"- {name}: `{split.get('path', '?')}`, {count}, sha256 `{str(split.get('sha256'))[:8]}`")
     chance = section.first.result.get("chance")
-    return "\n".join(lines + ([f"- chance: {percent(chance)}"] if chance is not None else []))
+    guessing = f"; guessing reaches {percent(chance)}" if chance is not None else ""
+    return "\n".join([*lines, f"- measured: {section.first.result['metric']}{guessing}"])
 
 
 def _table(section: Section) -> str:
@@ -199,9 +200,7 @@ def _table(section: Section) -> str:
     settings = [row.runs[0].settings | {"input": _size(row.runs[0])} for row in section.rows]
     keys = list(dict.fromkeys(key for one in settings for key in one if key != "seed"))
     differing = [key for key in keys if key == "input" or len({str(one.get(key)) for one in settings}) > 1]
-    metric = section.first.result["metric"]
-    headings = [name if metric in name else f"{metric}, {name}" for name in names]
-    table = [["model", "weights sha256", *differing, *headings, "seeds", "command"]]
+    table = [["model", "weights sha256", *differing, *names, "seeds", "command"]]
     for row, setting in zip(section.rows, settings, strict=True):
         digests = list(dict.fromkeys(str(run.model.get("weights_sha256", ""))[:8] for run in row.runs))
         seeds = [str(_seed(run)) for run in row.runs if _seed(run) is not None]

@@ -46,8 +46,8 @@ def test_repetitions_are_a_mean_and_a_deviation(tmp_path):
         result(seed, {"last": values[0], "draws": values}).save(tmp_path / f"{9 - seed}.json")
     (row,) = table(report((tmp_path,)).markdown)
     flat = np.array(list(shares.values())) * 100
-    assert row["top-1, last"] == f"{flat[:, 0].mean():.2f} ± {flat[:, 0].std(ddof=1):.2f}"
-    assert row["top-1, draws"] == f"{flat.mean():.2f} ± {flat.std(ddof=1):.2f}"
+    assert row["last"] == f"{flat[:, 0].mean():.2f} ± {flat[:, 0].std(ddof=1):.2f}"
+    assert row["draws"] == f"{flat.mean():.2f} ± {flat.std(ddof=1):.2f}"
     assert row["seeds"] == "0, 1, 2" and row["command"] == "`cim evaluate finetune m --seed 0`"
 
 
@@ -58,7 +58,7 @@ def test_random_weights_are_repetitions_other_weights_are_not(tmp_path):
         result(seed, {"last": seed / 2}, {"weights_sha256": str(seed) * 64}).save(tmp_path / f"p{seed}.json")
     rows = table(report((tmp_path,)).markdown)
     assert [row["model"] for row in rows] == ["m", "m", "m, random weights"]
-    assert [row["top-1, last"] for row in rows] == ["0.00", "50.00", "25.00 ± 35.36"]
+    assert [row["last"] for row in rows] == ["0.00", "50.00", "25.00 ± 35.36"]
     assert rows[2]["weights sha256"] == "00000000, 11111111"
 
 
@@ -79,7 +79,7 @@ def test_what_may_not_be_compared_has_its_own_table(tmp_path):
     (tmp_path / "config.json").write_text('{"no": "report"}')
     markdown = report((tmp_path,)).markdown
     assert re.findall("^## (.*)", markdown, re.M) == ["knn-1", "knn-1", "knn-2", "Made with"]
-    assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown and "- chance: 10.00" in markdown
+    assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown and "- measured: top-1; guessing reaches 10.00" in markdown
 
 
 def test_the_document_does_not_depend_on_names_of_files(tmp_path):
@@ -92,7 +92,7 @@ def test_the_document_does_not_depend_on_names_of_files(tmp_path):
 def test_the_same_measurement_twice(tmp_path):
     result(scores={"last": 0.5}).save(tmp_path / "a.json")
     result(scores={"last": 0.5}).save(tmp_path / "b.json")
-    assert table(report((tmp_path,)).markdown)[0]["top-1, last"] == "50.00"
+    assert table(report((tmp_path,)).markdown)[0]["last"] == "50.00"
     result(scores={"last": 0.6}).save(tmp_path / "b.json")
     with pytest.raises(DataError, match="a.json and .*b.json are the same measurement with different scores"):
         report((tmp_path,))
@@ -158,7 +158,7 @@ def test_a_measured_result_is_read_as_it_was(splits, run):
     read = Report.load(splits / "k.json")
     assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(made))
     (row,) = table(report((splits / "k.json",)).markdown)
-    assert row["top-1, k=1"] == str(made).splitlines()[1].split()[1] and row["input"] == "64 × 64"
+    assert row["k=1"] == str(made).splitlines()[1].split()[1] and row["input"] == "64 × 64"
     assert row["command"] == f"`{made.command}`"
 
 
