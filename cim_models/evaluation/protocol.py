@@ -5,7 +5,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -105,21 +105,29 @@ class Report:
             raise DataError(f"{path}: not a whole report of `cim evaluate`; measure again")
         return report
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What `result` holds beside shares that is a number."""
+        known = ("headline", "chance")
+        return {name: value for name, value in self.result.items() if isinstance(value, float) and name not in known}
+
     def __str__(self) -> str:
         rows = [("", self.result["metric"]), *((name, percent(score)) for name, score in self.result["scores"].items())]
         if self.result.get("chance") is not None:
             rows.append(("chance", percent(self.result["chance"])))
-        known = ("headline", "chance")
-        numbers = {name: value for name, value in self.result.items() if isinstance(value, float) and name not in known}
-        rows += [(name, f"{value:.3f}") for name, value in numbers.items()]
+        rows += [(name, f"{value:.3f}") for name, value in self.numbers.items()]
         names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
         return "\n".join(f"{name:<{names}}  {value:>{values}}" for name, value in rows)
 
 
 def percent(score: float | list[float]) -> str:
     """A share, or several as their mean ± standard deviation, in per cent with two decimals."""
-    scores = score if isinstance(score, list) else [score]
-    return f"{100 * mean(scores):.2f}" + (f" ± {100 * stdev(scores):.2f}" if len(scores) > 1 else "")
+    return with_deviation([100 * share for share in (score if isinstance(score, list) else [score])], "{:.2f}")
+
+
+def with_deviation(values: Sequence[float], form: str) -> str:
+    """One value, or several as their mean ± standard deviation, each in a format such as `{:.3g}`."""
+    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
 
 
 def variant(protocol: str, frozen: Mapping[str, Any], used: Mapping[str, Any]) -> str:

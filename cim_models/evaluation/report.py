@@ -11,7 +11,7 @@ from typing import Any
 
 from cim_models.errors import DataError
 from cim_models.evaluation.curves import Curve, draw_curves
-from cim_models.evaluation.protocol import Report, percent
+from cim_models.evaluation.protocol import Report, percent, with_deviation
 from cim_models.files import replacing
 
 KEYS = {"protocol", "model", "data", "settings", "result"}
@@ -35,13 +35,19 @@ class Row:
         return f"{model['model']}{weights}" + (", random weights" if model.get("random_init") else "")
 
     @property
-    def scores(self) -> dict[str, float | list[float]]:
-        """By name: the only share, or all of them over draws and seeds."""
-        found: dict[str, list[float]] = {}
+    def cells(self) -> dict[str, str]:
+        """Name → scores over draws and seeds in per cent, and the other numbers that were found."""
+        scores: dict[str, list[float]] = {}
+        numbers: dict[str, list[float]] = {}
         for run in self.runs:
             for name, score in run.result["scores"].items():
-                found.setdefault(name, []).extend(score if isinstance(score, list) else [score])
-        return {name: shares[0] if len(shares) == 1 else shares for name, shares in found.items()}
+                scores.setdefault(name, []).extend(score if isinstance(score, list) else [score])
+            for name, number in run.numbers.items():
+                numbers.setdefault(name, []).append(number)
+        return {
+            **{name: percent(shares) for name, shares in scores.items()},
+            **{name: with_deviation(values, "{:.3g}") for name, values in numbers.items()},
+        }
 
 
 @dataclass
@@ -187,7 +193,8 @@ def _data(section: Section) -> str:
     for name, split in section.first.data.items():
         limit = f", at most {split['limit_per_class']} per class" if split.get("limit_per_class") else ""
         missing = f", {len(split['unreadable'])} unreadable" if split.get("unreadable") else ""
-        count = f"{split.get('images', 0):,} images of {split.get('classes', '?')} classes{limit}{missing}"
+        classes = f" of {split['classes']} classes" if split.get("classes") else ""
+        count = f"{split.get('images', 0):,} images{classes}{limit}{missing}"
         lines.append(f"- {name}: `{split.get('path', '?')}`, {count}, sha256 `{str(split.get('sha256'))[:8]}`")
     chance = section.first.result.get("chance")
     guessing = f"; guessing reaches {percent(chance)}" if chance is not None else ""
@@ -196,12 +203,13 @@ def _data(section: Section) -> str:
 
 def _table(section: Section) -> str:
     """One row for each measurement, with the settings in which the rows differ."""
-    names = list(dict.fromkeys(name for row in section.rows for name in row.scores))
+    cells = [row.cells for row in section.rows]
+    names = list(dict.fromkeys(name for found in cells for name in found))
     settings = [row.runs[0].settings | {"input": _size(row.runs[0])} for row in section.rows]
     keys = list(dict.fromkeys(key for one in settings for key in one if key != "seed"))
     differing = [key for key in keys if key == "input" or len({str(one.get(key)) for one in settings}) > 1]
     table = [["model", "weights sha256", *differing, *names, "seeds", "command"]]
-    for row, setting in zip(section.rows, settings, strict=True):
+    for row, found, setting in zip(section.rows, cells, settings, strict=True):
         digests = list(dict.fromkeys(str(run.model.get("weights_sha256", ""))[:8] for run in row.runs))
         seeds = [str(_seed(run)) for run in row.runs if _seed(run) is not None]
         table.append(
@@ -209,12 +217,12 @@ def _table(section: Section) -> str:
                 row.name,
                 ", ".join(digests),
                 *(str(setting.get(key, "")) for key in differing),
-                *(percent(row.scores[name]) if name in row.scores else "" for name in names),
+                *(found.get(name, "") for name in names),
                 ", ".join(seeds),
                 f"`{row.runs[0].command}`",
             ]
         )
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in table]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 

@@ -51,6 +51,18 @@ def test_repetitions_are_a_mean_and_a_deviation(tmp_path):
     assert row["seeds"] == "0, 1, 2" and row["command"] == "`cim evaluate finetune m --seed 0`"
 
 
+def test_other_numbers_and_images_without_classes(tmp_path):
+    for seed in range(2):
+        found = result(seed, protocol="correlation-1")
+        found.data = {"images": {"path": "pictures", "images": 1234, "sha256": "cd" * 32}}
+        found.result |= {"loss": 0.25 + seed / 10, "chance": None, "steps": 3}
+        found.save(tmp_path / f"{seed}.json")
+    markdown = report((tmp_path,)).markdown
+    (row,) = table(markdown)
+    assert row["loss"] == "0.3 ± 0.0707" and "steps" not in row
+    assert "- images: `pictures`, 1,234 images, sha256 `cdcdcdcd`\n- measured: top-1\n" in markdown
+
+
 def test_random_weights_are_repetitions_other_weights_are_not(tmp_path):
     for seed in range(2):
         random = {"random_init": True, "weights_sha256": str(seed) * 64, "seed": seed}
@@ -79,7 +91,8 @@ def test_what_may_not_be_compared_has_its_own_table(tmp_path):
     (tmp_path / "config.json").write_text('{"no": "report"}')
     markdown = report((tmp_path,)).markdown
     assert re.findall("^## (.*)", markdown, re.M) == ["knn-1", "knn-1", "knn-2", "Made with"]
-    assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown and "- measured: top-1; guessing reaches 10.00" in markdown
+    assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown
+    assert "- measured: top-1; guessing reaches 10.00" in markdown
 
 
 def test_the_document_does_not_depend_on_names_of_files(tmp_path):
