@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cim_models.backbones import VisionTransformer, build
@@ -19,7 +19,7 @@ from cim_models.backbones.vit import VITS
 from cim_models.errors import ConfigError
 from cim_models.hub.card import render_card
 from cim_models.hub.cim import pretrained_cfg
-from cim_models.hub.entry import Entry, Golden, Preprocessing, WeightFile, key_digest, read_entry, to_dict
+from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.store import Weights
 from cim_models.hub.verify import golden_output
@@ -29,7 +29,10 @@ Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
 Tensors: TypeAlias = Mapping[Literal["backbone", "pretext"], Mapping[str, Tensor]]
 """What a release holds: an encoder under timm's names; a `CIM`, or its head alone, under `CIM`'s."""
 
-FILES = {"backbone": "model.safetensors", "pretext": "pretext.safetensors"}
+NAMES = {"backbone": "model", "pretext": "pretext"}
+"""Of the files, as the Hub has them: `model.safetensors`, or `model-00001-of-00002.safetensors` … and their index."""
+SHARD = 49_000_000
+"""Bytes of tensors in a file, which stays below 50 MB with its header, unless one tensor alone has more."""
 BLANK: dict[str, Any] = dict(files=(), parameters=0, tensors=0, key_digest="", golden=())
 """Fields of an entry that `write_folder` fills in."""
 GOLDEN_ATOL = 1e-4
@@ -56,11 +59,10 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
         (folder / name).write_text(text, encoding="utf-8")
     files, shapes = [], {}
     for part, values in tensors.items():
-        path = folder / FILES[part]
-        save_file(_cast(values, entry), path, metadata={"format": "pt"})
-        path.chmod(0o644)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append(WeightFile(f"weights/{entry.id}/{path.name}", part, path.stat().st_size, digest))
+        for path in _save(_cast(values, entry), folder, NAMES[part]):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            kind: Part = "index" if path.suffix == ".json" else part
+            files.append(WeightFile(f"weights/{entry.id}/{path.name}", kind, path.stat().st_size, digest))
         shapes[part] = {key: tuple(value.shape) for key, value in values.items()}
     main = shapes.get("backbone") or shapes["pretext"]
     entry = dataclasses.replace(entry, files=tuple(files), tensors=len(main), key_digest=key_digest(main))
@@ -120,6 +122,18 @@ def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
 def preprocessing(size: int, crop_pct: float) -> Preprocessing:
     """What CIM's encoders are used with: ImageNet's mean and deviation, bicubic, centre crop."""
     return Preprocessing((3, size, size), MEAN, DEVIATION, "bicubic", crop_pct, "center")
+
+
+def _save(tensors: Mapping[str, Tensor], folder: Path, name: str) -> list[Path]:
+    """One safetensors file, or several and their index if it would be too large."""
+    pattern = f"{name}{{suffix}}.safetensors"
+    save_torch_state_dict(
+        dict(tensors), folder, filename_pattern=pattern, max_shard_size=SHARD, metadata={"format": "pt"}
+    )
+    paths = [*sorted(folder.glob(f"{name}*.safetensors")), *folder.glob(f"{name}.safetensors.index.json")]
+    for path in paths:
+        path.chmod(0o644)
+    return paths
 
 
 def _write_config(folder: Path, entry: Entry) -> None:

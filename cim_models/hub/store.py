@@ -8,6 +8,7 @@ the manifest at every load.
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from cim_models.hub.names import Name, parse_name
 
 MIRROR = "CIM_MODELS_MIRROR"
 """Environment variable: a folder laid out like the repository, or a release folder."""
+
+MODEL = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+"""Names of an encoder's files in a release folder; any of them stands for all."""
 
 logger = logging.getLogger(__name__)
 
@@ -187,13 +191,13 @@ def from_path(path: Path, architecture: str = "") -> Weights:
     if not path.exists():
         raise WeightsError(f"there is no {path}")
     if path.is_file():
+        if re.fullmatch(MODEL, path.name) and (path.parent / "config.json").is_file():
+            return _from_folder(path.parent)
         if path.suffix != ".safetensors":
             raise WeightsError(
                 f"{path} is not a safetensors file: save the tensors with safetensors.torch.save_file "
                 "(a checkpoint of the authors: `cim import-official`)"
             )
-        if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
-            return _from_folder(path.parent)
         return _from_file(path, architecture)
     if (path / "config.json").is_file():
         return _from_folder(path)

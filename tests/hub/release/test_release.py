@@ -12,6 +12,7 @@ from timm.models import PretrainedCfg
 from cim_models import create_model, create_pretext
 from cim_models.cli import main
 from cim_models.errors import CheckpointError, ConfigError, WeightsError
+from cim_models.hub import folder
 from cim_models.hub import release as module
 from cim_models.hub.manifest import load_manifest, write_manifest
 from cim_models.hub.verify import verify
@@ -126,6 +127,42 @@ def test_config_json_is_one_that_stock_tools_read(run, root):
     assert config["cim_models"]["id"] == "cim_vit_tiny.t1"
 
 
+@pytest.mark.parametrize("missing", ["model-00002-of-00003.safetensors", "model.safetensors.index.json"])
+def test_large_weights_are_shards_with_an_index(making, run, root, monkeypatch, missing):
+    """As the Hub's own conventions have it; every shard is verified, and any file of the folder stands for all."""
+    whole = create_model(module.release(run, id="cim_vit_tiny.t1", root=root)).eval()
+    limit = 900_000
+    monkeypatch.setattr(folder, "SHARD", limit)
+    made = module.release(run, id="cim_vit_tiny.t2", root=root)
+    entry = load_manifest(root).entries["cim_vit_tiny.t2"]
+    shards = sorted(path.name for path in made.glob("model*.safetensors"))
+    assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert all((made / name).stat().st_size < limit + 20_000 for name in shards)
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    contents = {name: load_file(made / name) for name in shards}
+    assert index["weight_map"] == {key: name for name, tensors in contents.items() for key in tensors}
+    sizes = [tensor.nbytes for tensors in contents.values() for tensor in tensors.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert [file.part for file in entry.files] == ["backbone"] * 3 + ["index", "pretext"]
+    verify(entry.id, load_manifest(root))
+    for given in (made, made / shards[1], made / "model.safetensors.index.json"):
+        assert torch.equal(create_model("cim_vit_tiny", weights=given).eval()(making.images()), whole(making.images()))
+    assert len(create_pretext(made).state_dict()) > 0
+    (made / missing).unlink()
+    with pytest.raises(WeightsError, match=f"{missing} cannot be read"):
+        create_model(made)
+    with pytest.raises(WeightsError, match=f"cim_vit_tiny.t2: there is no .*{missing}"):
+        create_model(entry.id, pretrained=True, manifest=load_manifest(root))
+
+
+def test_no_shard_is_larger_than_50_mb(tmp_path, monkeypatch):
+    """With its header, and whatever the sizes of the tensors: two of 24.9 MB do not share a file."""
+    tensors = {f"blocks.{i}.attn.qkv.weight_{'x' * 50}": torch.zeros(6_225_000 // (1 + i % 2)) for i in range(5)}
+    paths = folder._save(tensors, tmp_path, "model")
+    assert len(paths) > 2 and all(path.stat().st_size <= 50_000_000 for path in paths)
+    assert {key for path in paths[:-1] for key in load_file(path)} == tensors.keys()
+
+
 # ---------------------------------------------------------------- all or nothing
 
 
@@ -182,7 +219,10 @@ for number, sabotage in enumerate(sabotages):
         os._exit(99)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-KILLS = ("folder.save_file = die", "Path.rename = die", "release.write_manifest = die", "release.update_readme = die")
+KILLS = tuple(
+    f"{function} = die"
+    for function in ("folder.save_torch_state_dict", "Path.rename", "release.write_manifest", "release.update_readme")
+)
 FULL = "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
 """Files may not grow beyond 100 kB: the tensors do not fit."""
 
