@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "quickstart": ("cim_models.evaluation.quickstart:quickstart", "features, neighbours and heat maps of your images"),
     "list": ("cim_models.hub.manifest:table", "released weights"),
     "info": ("cim_models.hub.manifest:info", "everything about one release"),
+    "fetch": ("cim_models.hub.fetch:fetch", "make a folder of a release, for machines without a network"),
     "verify": ("cim_models.cli:verify", "check released weights against what is recorded of them"),
     "embed": ("cim_models.evaluation.embed:embed", "write the features of a folder of images"),
     "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
@@ -34,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate report": ("cim_models.evaluation.report:report", "tables and plots of results"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "export": ("cim_models.hub.export:export", "write an encoder as ONNX"),
+    "publish": ("cim_models.hub.publish:publish", "upload a release to the Hugging Face Hub"),
     "import-official": ("cim_models.hub.official:import_release", "convert the authors' checkpoints"),
 }
 """Name: the function to call, and one line of help. Its signature and docstring are the command's options and help."""

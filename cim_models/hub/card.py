@@ -62,7 +62,7 @@ def render_card(entry: Entry, folder: Path) -> str:
 
 def snippet(entry: Entry) -> str:
     """Six lines of Python that use a release."""
-    name = entry.id if "repository" in entry.sources else "local-dir:FOLDER"
+    name = entry.id if entry.sources else "local-dir:FOLDER"
     if entry.kind == "pretext" and entry.pretext is not None:
         side, small = entry.pretext.context_size, entry.pretext.exemplar_size
         return (

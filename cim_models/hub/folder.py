@@ -68,7 +68,7 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
     entry = dataclasses.replace(entry, files=tuple(files), tensors=len(main), key_digest=key_digest(main))
     entry = read_entry(to_dict(entry), entry.id)
 
-    _write_config(folder, entry)
+    write_config(folder, entry)
     models: dict[str, nn.Module] = {}
     if "backbone" in tensors:
         models["backbone"] = create_model(folder)
@@ -77,7 +77,7 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
     golden = [Golden(part, "waves", tuple(golden_output(models[part])), GOLDEN_ATOL) for part in tensors]
     parameters = sum(parameter.numel() for parameter in next(iter(models.values())).parameters())
     entry = dataclasses.replace(entry, parameters=parameters, golden=tuple(golden))
-    _write_config(folder, entry)
+    write_config(folder, entry)
     (folder / "README.md").write_text(render_card(entry, folder), encoding="utf-8")
     return entry
 
@@ -136,7 +136,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _write_config(folder: Path, entry: Entry) -> None:
+def write_config(folder: Path, entry: Entry) -> None:
     """config.json: for stock timm the encoder as one of its own architectures, for us the entry."""
     config: dict[str, Any] = {}
     if "backbone" in entry.parts:

@@ -172,7 +172,7 @@ def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> b
         if path is not None:
             return path.read_bytes()
     path = hub_file(source, file)
-    if path is not None and _digest_is(path.read_bytes(), path.resolve().name):
+    if path is not None and digest_is(path.read_bytes(), path.resolve().name):
         return path.read_bytes()
     if source.access.offline:
         raise WeightsError(f"{file} of {source.name} is not in {cache.folders[0]}, and requests are forbidden: {ONCE}")
@@ -192,7 +192,7 @@ def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> b
                 content += chunk
                 if len(content) > SMALL:
                     raise WeightsError(f"{file} of {source.name} is larger than {SMALL} bytes")
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) and not _digest_is(content, digest):
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) and not digest_is(content, digest):
             raise Passing(f"what arrived is not what the Hub announced: another digest than {digest}")
         return content
 
@@ -236,7 +236,7 @@ def hub_file(source: Source, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
 
-def _digest_is(content: bytes, digest: str) -> bool:
+def digest_is(content: bytes, digest: str) -> bool:
     """Whether a digest is git's or sha256 of a content."""
     git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return digest in (git, hashlib.sha256(content).hexdigest())

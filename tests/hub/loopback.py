@@ -69,7 +69,9 @@ class Fault:
     ranges: bool = True
     """Honour Range."""
     first: Callable[[], object] | None = None
-    """Called before the request is answered."""
+    """Called before what was asked is done."""
+    after: Callable[[], object] | None = None
+    """Called when it is done, before the answer."""
 
 
 @dataclass
@@ -448,6 +450,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             reply = hub.answer(request)
         request.status = reply.status
+        if fault.after is not None:
+            fault.after()
         if fault.lost:
             return self._hang_up()
         self._send(request, reply, fault)

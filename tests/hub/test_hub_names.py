@@ -195,6 +195,27 @@ def test_a_folder_that_timm_pushed(published, hub):
         resolve("hf-hub:org/timm", access=Access(cache_dir=manifest.root / "empty"))
 
 
+def test_no_pickle_in_place_of_what_cannot_be_had(published, hub):
+    """timm waits for 25 seconds and then loads pytorch_model.bin without a word."""
+    manifest, entry, contents = published
+    config = json.dumps({"architecture": "cim_vit_tiny", "model_args": entry.model_args}).encode()
+    files = {"config.json": config, "pytorch_model.bin": b"pickle"}
+    for repository in ("org/both", "org/bin"):
+        hub.add(repository, files | ({"model.safetensors": b"x"} if repository == "org/both" else {}))
+        hub.fault("org/both.*model.safetensors", times=FOREVER, status=503)
+        with pytest.raises(WeightsError, match="model.safetensors of .*(503|there is no such file)"):
+            create_model(f"hf-hub:{repository}")
+    assert not hub.requests("bin$")
+
+
+def test_timm_waits_no_longer_than_we_do(published, hub):
+    """For a registered model timm asks a dead endpoint for 47 seconds, and speaks of the last file that it tried."""
+    hub.stop()
+    overlay = {"hf_hub_id": "org/name"}
+    with pytest.raises(WeightsError, match="hf-hub:org/name@main: the server cannot be reached"):
+        timm.create_model("cim_vit_tiny", pretrained=True, pretrained_cfg_overlay=overlay)
+
+
 def test_arguments_that_say_how_to_fetch(published, hub, tmp_path):
     manifest, entry, _ = published
     place = {"cache_dir": tmp_path / "mine", "endpoint": hub.endpoint, "token": False, "manifest": manifest}

@@ -1,0 +1,59 @@
+"""A name → a release folder elsewhere, for machines without a network."""
+
+import shutil
+from pathlib import Path
+
+from cim_models.errors import ConfigError, WeightsError
+from cim_models.hub.access import Access
+from cim_models.hub.card import LOG, RECIPE, render_card
+from cim_models.hub.folder import staging, write_config
+from cim_models.hub.integrity import check_file
+from cim_models.hub.manifest import load_manifest
+from cim_models.hub.store import resolve
+
+
+def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = None) -> Path:
+    """Makes a folder that any machine loads: CIM_MODELS_MIRROR=FOLDER for the id, or weights=FOLDER.
+
+    Args:
+        name: An id, an architecture for its newest weights, or hf-hub:org/name[@revision].
+        to: The folder to make; one that holds this release already is made again.
+        token: Show the Hub the token that is stored on this machine, for private repositories.
+        root: Folder that holds weights_manifest.json and weights/; by default the package's.
+
+    Returns:
+        The folder: every file verified after it was copied, config.json and the card.
+
+    Raises:
+        ConfigError: If there is something else in that folder, or it cannot be written.
+        WeightsError: If there are no such weights, or they cannot be had.
+    """
+    manifest, to = load_manifest(root), to.expanduser().absolute()
+    found = resolve(name, manifest=manifest, access=Access(token=token))
+    entry = found.entry
+    if entry is None:
+        raise WeightsError(f"{found.name} is no release of this package: copy it as it is")
+    if to.exists() and (not to.is_dir() or any(to.iterdir()) and not _holds(to, entry.id)):
+        raise ConfigError(f"{to} holds something else than {entry.id}: give a folder that is empty or not there")
+    with staging(to) as (temporary, install):
+        paths = {part: iter(paths) for part, paths in found.files.items()}
+        for file in entry.files:
+            path = temporary / Path(file.path).name
+            shutil.copyfile(next(paths[file.part]), path)
+            check_file(path, file)
+        for text in (RECIPE, LOG):
+            source = manifest.root / "weights" / entry.id / text
+            if entry.id in manifest.entries and source.is_file():
+                shutil.copyfile(source, temporary / text)
+        write_config(temporary, entry)
+        (temporary / "README.md").write_text(render_card(entry, temporary), encoding="utf-8")
+        install()
+    return to
+
+
+def _holds(folder: Path, id: str) -> bool:
+    """Whether a folder is of this release, whole or not."""
+    try:
+        return f'"id": "{id}"' in (folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,213 @@
+"""A release folder → a repository on the Hub, verified by downloading it, recorded in the manifest. Needs no torch.
+
+Everything is uploaded in one commit on top of the head that was looked at, read back, and tagged with the release's
+tag, which never moves; the manifest is written after that. Whatever was interrupted can be run again: what is on the
+Hub already is found there.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cim_models.errors import CimModelsError, ConfigError, WeightsError
+from cim_models.hub.access import Access
+from cim_models.hub.download import Downloads
+from cim_models.hub.entry import Entry, WeightFile, read_entry
+from cim_models.hub.integrity import check_file
+from cim_models.hub.manifest import Manifest, load_manifest, read_json, write_manifest
+from cim_models.hub.remote import Source, digest_is
+from cim_models.hub.waiting import Patience, explain, persist
+
+ANSWER = 60.0
+"""Seconds that an upload waits for an answer."""
+
+
+def publish(
+    id: str,
+    /,
+    *,
+    repo: str,
+    private: bool = False,
+    dry_run: bool = False,
+    root: Path | None = None,
+) -> str:
+    """Uploads a release to the Hugging Face Hub, verifies what arrived, tags it and records its commit.
+
+    Log in first: `hf auth login`, or the environment variable HF_TOKEN.
+
+    Args:
+        id: Of a release, such as cim_vit_tiny.tin200_e3.
+        repo: Repository, org/name; it is made if there is none.
+        private: Make it one that only its members see.
+        dry_run: Say what would be uploaded, and make no request.
+        root: Folder that holds weights_manifest.json and weights/; by default the package's.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConfigError: If there is no such release, its folder differs from the manifest, or the repository holds
+            something else.
+        WeightsError: If the Hub refuses or cannot be reached, or what arrived is not what was sent. Nothing is
+            recorded then.
+    """
+    manifest = load_manifest(root)
+    if id not in manifest.entries:
+        raise ConfigError(f"there is no release {id!r}: `cim list` shows what there is, `cim release` makes one")
+    entry = manifest.entries[id]
+    files = _files(manifest, entry)
+    listing = [f"  {name}  {path.stat().st_size / 1e6:.2f} MB" for name, path in files.items()]
+    if dry_run:
+        return "\n".join(
+            [f"{id} would become one commit of {repo}, tagged {entry.tag}:", *listing, "Nothing was sent."]
+        )
+    with _errors(f"{id} to {repo}"):
+        commit = _upload(entry, repo, private, files)
+        _verify(repo, commit, files)
+        _tag(repo, entry.tag, commit)
+    _record(manifest.root, entry, f"hf-hub:{repo}@{commit}")
+    return "\n".join([f"{id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
+
+
+def _files(manifest: Manifest, entry: Entry) -> dict[str, Path]:
+    """The files of a release folder by name, which are those of its entry."""
+    folder = manifest.root / "weights" / entry.id
+    config = read_json(folder / "config.json")
+    described = read_entry(config.get("cim_models"), f"{folder / 'config.json'}: cim_models")
+    if dataclasses.replace(described, sources=entry.sources) != entry:
+        raise ConfigError(f"{folder / 'config.json'} differs from the manifest's entry: release it again")
+    for file in entry.files:
+        check_file(folder / Path(file.path).name, file)
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")}
+
+
+def _upload(entry: Entry, repo: str, private: bool, files: Mapping[str, Path]) -> str:
+    """Makes the repository and the commit if they are not there yet; the commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = _api()
+    try:
+        persist(repo, lambda timeout: api.model_info(repo, timeout=timeout), Patience())
+    except WeightsError as error:
+        if not isinstance(error.__cause__, RepositoryNotFoundError):
+            raise
+        api.create_repo(repo, private=private, exist_ok=True)
+    head = api.model_info(repo, files_metadata=True, timeout=ANSWER)
+    if private and head.private is False:
+        raise ConfigError(f"{repo} is public already: make it private in its settings, or leave --private out")
+    tagged = _tags(repo).get(entry.tag)
+    if tagged is not None:
+        there = api.model_info(repo, revision=tagged, files_metadata=True, timeout=ANSWER)
+        if _differing(there, files):
+            raise ConfigError(f"{repo}: the tag {entry.tag} is another release, and tags do not move: choose a new id")
+        return tagged
+    changed = _differing(head, files)
+    if not changed:
+        return str(head.sha)
+    names = [file.rfilename for file in head.siblings or ()]
+    if "config.json" in names:
+        _refuse_foreign(repo, str(head.sha), entry)
+    weights = (".safetensors", ".safetensors.index.json")
+    operations: list[Any] = [CommitOperationDelete(n) for n in names if n.endswith(weights) and n not in files]
+    with contextlib.ExitStack() as stack:
+        for name in changed:  # as streams, which the client uploads by plain HTTP instead of Xet
+            operations.append(CommitOperationAdd(name, stack.enter_context(files[name].open("rb"))))
+        made = api.create_commit(repo, operations, commit_message=f"Release {entry.id}", parent_commit=head.sha)
+    return str(made.oid)
+
+
+def _differing(info: Any, files: Mapping[str, Path]) -> list[str]:
+    """The files that a commit lacks or has with another content, by the Hub's word."""
+    there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
+    return [name for name, path in files.items() if not digest_is(path.read_bytes(), str(there.get(name)))]
+
+
+def _refuse_foreign(repo: str, commit: str, entry: Entry) -> None:
+    """A repository holds releases of one architecture, each behind its tag: anything else is not written over."""
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    source = Source(f"hf-hub:{repo}@{commit}", _access())
+    reply = get_session().get(source.url("config.json"), headers=source.headers(), timeout=ANSWER)
+    hf_raise_for_status(reply)
+    try:
+        config = json.loads(reply.content)
+        held = config.get("cim_models", {}).get("architecture") or config.get("architecture")
+    except (ValueError, AttributeError):
+        held = None
+    if held != entry.architecture:
+        raise ConfigError(
+            f"{repo} holds {held or 'something else'}, not {entry.architecture}: choose another repository"
+        )
+
+
+def _verify(repo: str, commit: str, files: Mapping[str, Path]) -> None:
+    """Downloads every file of the commit and compares it with what was sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        downloads = Downloads([f"hf-hub:{repo}@{commit}"], dataclasses.replace(_access(), cache_dir=folder))
+        downloads.cache.folders = (Path(folder),)
+        for name, path in files.items():
+            content = path.read_bytes()
+            file = WeightFile(name, "backbone", len(content), hashlib.sha256(content).hexdigest())
+            downloads.obtain(file).unlink()
+
+
+def _tag(repo: str, tag: str, commit: str) -> None:
+    _api().create_tag(repo, tag=tag, revision=commit, exist_ok=True)
+    found = _tags(repo).get(tag)
+    if found != commit:
+        raise WeightsError(f"the tag {tag} is {found}, not {commit}: somebody else has made it")
+
+
+def _tags(repo: str) -> dict[str, str]:
+    return {tag.name: tag.target_commit for tag in _api().list_repo_refs(repo).tags}
+
+
+def _record(root: Path, entry: Entry, source: str) -> None:
+    """Writes the source into the manifest as it is now; another commit of the same repository makes way."""
+    manifest = load_manifest(root)
+    now = manifest.entries.get(entry.id)
+    if now is None or dataclasses.replace(now, sources=entry.sources) != entry:
+        raise ConfigError(f"{entry.id} has changed in the manifest meanwhile: publish it again")
+    repository = source.partition("@")[0]
+    others = tuple(other for other in now.sources if other.partition("@")[0] != repository)
+    write_manifest(manifest.with_entry(dataclasses.replace(now, sources=(*others, source))))
+
+
+def _access() -> Access:
+    return Access(token=True)
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(_access().hub, token=True, library_name="cim_models")
+
+
+@contextlib.contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """Turns all that the Hub's client raises into a WeightsError, and waits for no answer for ever."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session, httpx
+
+    session = get_session()
+    before, session.timeout = session.timeout, httpx.Timeout(ANSWER)
+    again = "nothing is recorded; run the command again"
+    try:
+        yield
+    except CimModelsError as error:
+        raise type(error)(f"{what}: {error}; {again}") from error
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else 0
+        said = "somebody else has made a commit meanwhile" if code == 412 else explain(error)
+        raise WeightsError(f"{what}: {said}; {again}") from error
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise WeightsError(f"{what}: {str(error) or type(error).__name__}{cause}; {again}") from error
+    finally:
+        session.timeout = before
