@@ -1,23 +1,26 @@
 """Is a file what its record says? Needs no torch."""
 
-import hashlib
 from pathlib import Path
 
 from cim_models.errors import WeightsError
+from cim_models.hub.digest import sha256
 from cim_models.hub.entry import WeightFile
 
 
-def check_file(path: Path, file: WeightFile) -> None:
-    """Compares size and sha256 of a file with its record; WeightsError with what was expected and found."""
+def check_file(path: Path, file: WeightFile, again: bool = False) -> None:
+    """Compares size and sha256 of a file with its record; WeightsError with what was expected and found.
+
+    Args:
+        path: The file.
+        file: Its record.
+        again: Read it even if it is known not to have changed since it was last read.
+    """
     try:
         size = path.stat().st_size
         if size != file.size:
             raise WeightsError(f"{path} is damaged: {file.size} bytes expected, {size} found")
-        digest = hashlib.sha256()
-        with open(path, "rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+        found = sha256(path, again)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-    if digest.hexdigest() != file.sha256:
-        raise WeightsError(f"{path} is damaged: sha256 {file.sha256} expected, {digest.hexdigest()} found")
+    if found != file.sha256:
+        raise WeightsError(f"{path} is damaged: sha256 {file.sha256} expected, {found} found")

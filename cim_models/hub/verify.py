@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.entry import Golden, Part, key_digest
+from cim_models.hub.integrity import check_file
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.store import read_header, released_files
@@ -32,8 +33,11 @@ def verify(id: str, manifest: Manifest | None = None) -> dict[str, Any]:
     manifest = manifest or load_manifest()
     entry = manifest.find(id)
     files = released_files(entry, manifest.root)
-    part: Part = "backbone" if "backbone" in entry.parts else "pretext"
-    headers = [read_header(path) for path in files[part]]
+    for part, paths in files.items():
+        for path, file in zip(paths, (file for file in entry.files if file.part == part), strict=True):
+            check_file(path, file, again=True)
+    main: Part = "backbone" if "backbone" in entry.parts else "pretext"
+    headers = [read_header(path) for path in files[main]]
     shapes = {key: shape for header in headers for key, shape in header.shapes.items()}
     dtypes = {dtype for header in headers for dtype in header.dtypes.values() if not dtype.startswith("I")}
     models: dict[str, nn.Module] = {}
@@ -42,11 +46,11 @@ def verify(id: str, manifest: Manifest | None = None) -> dict[str, Any]:
     if "pretext" in entry.parts:
         models["pretext"] = create_pretext(entry.id, manifest=manifest)
     computed: dict[str, Any] = {
-        "parameters": sum(parameter.numel() for parameter in models[part].parameters()),
+        "parameters": sum(parameter.numel() for parameter in models[main].parameters()),
         "tensors": len(shapes),
         "key_digest": key_digest(shapes),
         "dtype": "+".join(sorted(DTYPES.get(dtype, dtype) for dtype in dtypes)),
-        "num_classes": getattr(models[part], "num_classes", 0),
+        "num_classes": getattr(models[main], "num_classes", 0),
     }
     faults = [
         f"{field}: {getattr(entry, field)!r} recorded, {value!r} found"
