@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate knn": ("cim_models.evaluation.knn:knn", "nearest-neighbour accuracy of an encoder"),
     "evaluate linear": ("cim_models.evaluation.linear:linear", "accuracy of a linear classifier on frozen features"),
     "evaluate lowshot": ("cim_models.evaluation.lowshot:lowshot", "accuracy with few labels on frozen features"),
+    "evaluate finetune": ("cim_models.evaluation.finetune:finetune", "fine-tune an encoder, and measure it"),
     "evaluate report": ("cim_models.evaluation.report:report", "tables and plots of results"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "export": ("cim_models.hub.export:export", "write an encoder as ONNX"),
@@ -129,7 +130,7 @@ def _call(name: str, arguments: list[str]) -> Any:
     import tyro
 
     conf = tyro.conf
-    config = [conf.PositionalMetavarFromFieldName, conf.DisallowNone, conf.FlagCreatePairsOff]
+    config = [conf.PositionalMetavarFromFieldName, conf.DisallowNone, conf.FlagCreatePairsOff, conf.OmitArgPrefixes]
     if inspect.Parameter.POSITIONAL_ONLY not in [parameter.kind for parameter in parameters]:
         config.append(conf.PositionalRequiredArgs)
     return tyro.cli(target, prog=f"cim {name}", args=arguments, config=config)

@@ -3,6 +3,7 @@
 from cim_models.evaluation.correlation import correlation
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.features import extract, extract_all, pool
+from cim_models.evaluation.finetune import FinetuneConfig, finetune
 from cim_models.evaluation.knn import knn
 from cim_models.evaluation.linear import linear
 from cim_models.evaluation.locate import locate
@@ -11,10 +12,12 @@ from cim_models.evaluation.quickstart import quickstart
 from cim_models.evaluation.report import report
 
 __all__ = [
+    "FinetuneConfig",
     "correlation",
     "embed",
     "extract",
     "extract_all",
+    "finetune",
     "knn",
     "linear",
     "load_features",

@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from cim_models.backbones import ARCHITECTURES
+from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.evaluation.checkpoints import load_checkpoint
 from cim_models.hub.cim import pretrained_cfg
@@ -170,3 +172,48 @@ def _resize(encoder: Any, size: int) -> None:
         except (AssertionError, ValueError, RuntimeError) as error:
             raise ConfigError(f"image_size={size} does not fit {type(encoder).__name__}: {error}") from error
     encoder.pretrained_cfg = {**encoder.pretrained_cfg, "input_size": (3, size, size)}
+
+
+def find_weights(model: str, weights: str | None = None) -> Weights | None:
+    """The verified weights behind a name, or its architecture alone where none are released; None for timm's models."""
+    asked = parse_name(model, ARCHITECTURES)
+    if asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture):
+        return None
+    return _described(model) if weights is None else resolve(model, weights)
+
+
+def rebuilt(encoder: Any, model_args: Mapping[str, Any], seed: int = 0, **changes: Any) -> Any:
+    """Builds an encoder once more with other arguments, such as `num_classes` or `features_only`.
+
+    Args:
+        encoder: From `open_encoder`.
+        model_args: How it differs from its architecture (`find_weights`).
+        seed: Of what is new: a classifier, and a norm that moves to the other side of the pooling.
+        changes: What timm's constructor or builder shall get beside.
+
+    Returns:
+        The new model with the encoder's weights, on its device, in evaluation mode.
+
+    Raises:
+        ConfigError: If the architecture does not take such an argument.
+    """
+    name = encoder.pretrained_cfg["architecture"]
+    args = {**model_args, **changes}
+    if hasattr(getattr(encoder, "patch_embed", None), "img_size"):
+        args["img_size"] = encoder.patch_embed.img_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = build(name, **args) if name in ARCHITECTURES else timm.create_model(name, **args)
+        except (TypeError, AssertionError, RuntimeError) as error:
+            raise ConfigError(f"{name} cannot be built with {changes}: {error}") from error
+    model.pretrained_cfg = {**encoder.pretrained_cfg, "num_classes": changes.get("num_classes", 0)}
+    inner = model.model if isinstance(model, FeatureGetterNet) else model
+    held, wanted = encoder.state_dict(), inner.state_dict()
+    new = {"norm", "fc_norm", str(encoder.pretrained_cfg["classifier"]).partition(".")[0]}
+    lost = set() if changes.get("features_only") else held.keys() - wanted
+    odd = sorted(key for key in {*lost, *(wanted.keys() - held)} if key.partition(".")[0] not in new)
+    if odd:
+        raise ConfigError(f"{name} has other tensors with {changes}: {', '.join(odd[:5])}")
+    inner.load_state_dict({key: value for key, value in held.items() if key in wanted}, strict=False)
+    return model.to(next(encoder.parameters()).device).eval()

@@ -160,10 +160,10 @@ class _Pictures(Dataset[tuple[int, Tensor | str]]):
                 image = read_image(image)
             except DataError as error:
                 return index, str(error)
-        return index, self.transform(_middle(image))
+        return index, self.transform(middle(image))
 
 
-def _middle(image: Image.Image) -> Image.Image:
+def middle(image: Image.Image) -> Image.Image:
     """The middle of a very long picture, which would be huge once its short side is enlarged; others as they are."""
     width, height = (min(side, LONGEST * min(image.size)) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2

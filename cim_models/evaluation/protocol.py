@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
 from platform import python_version
@@ -151,16 +151,25 @@ def command_of(name: str, function: Callable[..., Any], arguments: Mapping[str, 
     Args:
         name: Of the command, such as `evaluate knn`.
         function: What the command calls.
-        arguments: By name, every parameter of it: its `locals()` before it does anything.
+        arguments: By name, every parameter of it: its `locals()` before it does anything. A dataclass is its fields.
     """
     words = ["cim", *name.split()]
     for key, parameter in inspect.signature(function).parameters.items():
-        value = arguments[key]
-        flag = key.replace("_", "-")
-        if parameter.default is parameter.empty:
+        value, default = arguments[key], parameter.default
+        if parameter.kind is parameter.POSITIONAL_ONLY:
             words.append(str(value))
-        elif value != parameter.default:
-            values = list(value) if isinstance(value, (tuple, list)) else [value]
-            words += [f"--no-{flag}" if value is False else f"--{flag}"]
-            words += [str(item) for item in values if not isinstance(item, bool)]
+        elif is_dataclass(value):
+            for setting in fields(value):
+                words += _option(setting.name, getattr(value, setting.name), getattr(default, setting.name))
+        else:
+            words += _option(key, value, default)
     return shlex.join(words)
+
+
+def _option(name: str, value: Any, default: Any) -> list[str]:
+    """The words of an option, none if it has its default."""
+    if value == default:
+        return []
+    values = list(value) if isinstance(value, (tuple, list)) else [value]
+    flag = name.replace("_", "-")
+    return [f"--no-{flag}" if value is False else f"--{flag}", *(str(v) for v in values if not isinstance(v, bool))]

@@ -33,6 +33,8 @@ def pretrained_cfg(weights: Weights) -> PretrainedCfg:
         cfg["input_size"] = (3, *((size, size) if isinstance(size, int) else size))
     if entry is not None:
         cfg |= dict(tag=entry.tag, num_classes=entry.num_classes, license=entry.licence, description=entry.summary)
+    if weights.labels:
+        cfg["label_names"] = weights.labels
     return PretrainedCfg(**cfg)
 
 

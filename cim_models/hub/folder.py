@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -39,7 +39,9 @@ GOLDEN_ATOL = 1e-4
 """How far float32 on another machine may be from the recorded output."""
 
 
-def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[str, str]) -> Entry:
+def write_folder(
+    folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[str, str], labels: Sequence[str] = ()
+) -> Entry:
     """Fills an empty folder with everything that a release consists of.
 
     Args:
@@ -47,6 +49,7 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
         entry: Everything that cannot be computed, and `BLANK`.
         tensors: Of each file; cast to `entry.dtype` if floating point.
         texts: Other files, by name.
+        labels: Names of a classifier's classes, in their order.
 
     Returns:
         The whole entry. Its golden outputs come from the files as they were written.
@@ -68,7 +71,7 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
     entry = dataclasses.replace(entry, files=tuple(files), tensors=len(main), key_digest=key_digest(main))
     entry = read_entry(to_dict(entry), entry.id)
 
-    write_config(folder, entry)
+    write_config(folder, entry, labels)
     models: dict[str, nn.Module] = {}
     if "backbone" in tensors:
         models["backbone"] = create_model(folder)
@@ -77,7 +80,7 @@ def write_folder(folder: Path, entry: Entry, tensors: Tensors, texts: Mapping[st
     golden = [Golden(part, "waves", tuple(golden_output(models[part])), GOLDEN_ATOL) for part in tensors]
     parameters = sum(parameter.numel() for parameter in next(iter(models.values())).parameters())
     entry = dataclasses.replace(entry, parameters=parameters, golden=tuple(golden))
-    write_config(folder, entry)
+    write_config(folder, entry, labels)
     (folder / "README.md").write_text(render_card(entry, folder), encoding="utf-8")
     return entry
 
@@ -136,7 +139,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def write_config(folder: Path, entry: Entry) -> None:
+def write_config(folder: Path, entry: Entry, labels: Sequence[str] = ()) -> None:
     """config.json: for stock timm the encoder as one of its own architectures, for us the entry."""
     config: dict[str, Any] = {}
     if "backbone" in entry.parts:
@@ -161,6 +164,8 @@ def write_config(folder: Path, entry: Entry) -> None:
             "pretrained_cfg": {key: value for key, value in cfg.items() if key != "architecture"}
             | {"fixed_input_size": isinstance(model, VisionTransformer)},
         }
+        if labels:
+            config["label_names"] = list(labels)
     config["cim_models"] = to_dict(entry)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

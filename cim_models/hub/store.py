@@ -57,6 +57,8 @@ class Weights:
     pretext: Pretext | None = None
     entry: Entry | None = None
     """What was released, if they were."""
+    labels: tuple[str, ...] = ()
+    """Names of a classifier's classes, where a folder says them."""
     ours: bool = False
     """Verified files of the package or a mirror, which may be mapped; anybody may write to others at any time."""
 
@@ -299,6 +301,7 @@ def _from_config(
         obtain: Gives a verified file; one of size 0 is known by its name only.
         ours: Whether nobody else writes to the files.
     """
+    labels = tuple(map(str, config.get("label_names", ())))
     if "cim_models" in config:
         try:
             entry = read_entry(config["cim_models"], f"{os.path.join(name, 'config.json')}: cim_models")
@@ -307,7 +310,7 @@ def _from_config(
         files: dict[str, tuple[Path, ...]] = {}
         for file in entry.files:
             files[file.part] = (*files.get(file.part, ()), obtain(file))
-        return _from_entry(entry, files, ours=ours, name=name)
+        return replace(_from_entry(entry, files, ours=ours, name=name), labels=labels)
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
     cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}

@@ -1,0 +1,318 @@
+"""Fine-tuning: it learns, what it writes is what it measured, and everybody can load it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchmetrics.functional.classification import multiclass_accuracy
+
+import cim_models
+from cim_models.errors import CheckpointError, ConfigError, DataError
+from cim_models.evaluation.encoders import find_weights, open_encoder
+from cim_models.evaluation.finetune import DEFAULT, FinetuneConfig, batch_sums, build_classifier, finetune
+from cim_models.images import read_image
+
+CLASSES = ["columns", "rings", "rows"]
+QUICK = FinetuneConfig(
+    epochs=6, lr=6e-3, layer_decay=1.0, auto_augment="none", mixup=0.0, cutmix=0.0, erasing=0.0, crop_area=(0.5, 1.0),
+    workers=0, precision="fp32",
+)  # fmt: skip
+
+
+def pattern(name: str, index: int, size: int = 64) -> Image.Image:
+    """A noisy grating or rings in some colour."""
+    rng = np.random.default_rng([CLASSES.index(name), index])
+    y, x = np.mgrid[:size, :size]
+    shift = rng.uniform(0, 2 * np.pi)
+    waves = {"columns": 0.8 * x + shift, "rows": 0.8 * y + shift, "rings": 0.5 * np.hypot(x - 32, y - 32) + shift}
+    field = 128 + 60 * np.sin(waves[name])[..., None] * rng.uniform(0.3, 1, 3) + rng.normal(0, 20, (size, size, 3))
+    return Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory) -> Path:
+    """`train` with 3 × 24 pictures, `val` with 3 × 10."""
+    root = tmp_path_factory.mktemp("patterns")
+    for split, numbers in (("train", range(24)), ("val", range(1000, 1010))):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for number in numbers:
+                pattern(name, number).save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tuned(patterns, run, tmp_path_factory):
+    """A finished run of the random encoder of `run`: its folder and its report."""
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    return out, finetune(str(run), patterns / "train", patterns / "val", out, config=QUICK)
+
+
+def logits_of(model, paths) -> torch.Tensor:
+    transform = cim_models.create_transform(model)
+    with torch.no_grad():
+        return model.eval()(torch.stack([transform(read_image(path)) for path in paths]))
+
+
+def test_it_beats_chance_and_the_best_weights_are_those_that_were_measured(tuned, patterns):
+    out, report = tuned
+    saved = json.loads((out / "finetune.json").read_text())
+    assert saved["result"]["headline"] > 0.6 and saved["result"]["chance"] == pytest.approx(1 / 3)
+    assert saved["result"]["scores"] == {"top-1": saved["result"]["headline"]} and "top-1" in str(report)
+    paths = [path for name in CLASSES for path in sorted((patterns / "val" / name).iterdir())]
+    labels = torch.arange(3).repeat_interleave(10)
+    logits = logits_of(cim_models.create_model("cim_vit_tiny", weights=out), paths)
+    expected = multiclass_accuracy(logits, labels, 3, average="micro").item()
+    assert saved["result"]["headline"] == pytest.approx(expected, abs=1e-6)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert saved["result"]["loss"] == pytest.approx(loss, rel=1e-4)
+    history = saved["result"]["history"]
+    assert len(history) == 6 and history[-1]["images_seen"] == saved["result"]["images_seen"] == 16 * 6 * 4
+    assert saved["result"]["best_epoch"] in {line["epoch"] for line in history}
+    top = max(line["score"] for line in history)
+    assert next(line for line in history if line["epoch"] == saved["result"]["best_epoch"])["score"] == top
+
+
+def test_the_report_says_how(tuned, patterns, run):
+    _, report = tuned
+    assert report.protocol.startswith("finetune-1, lr=0.006, layer_decay=1.0") and "drop_path" not in report.protocol
+    assert report.settings["training_images"] == 66 and report.settings["held_out_images"] == 6
+    assert report.settings["seed"] == 0 and report.settings["epochs"] == 6 and report.settings["images_per_step"] == 4
+    assert report.data["train"]["images"] == 72 and report.data["val"]["unreadable"] == []
+    assert report.model["architecture"] == "cim_vit_tiny" and report.model["transform"]["input_size"] == (3, 64, 64)
+    words = report.command.split()
+    assert words[:4] == ["cim", "evaluate", "finetune", str(run)] and "--crop-area 0.5 1.0" in report.command
+    assert "--auto-augment none" in report.command and "--drop-path" not in words and "--resume" not in words
+
+
+PLAIN = """
+import sys
+sys.modules["cim_models"] = None
+import timm, torch
+from safetensors.torch import load_file, save_file
+folder, picture, out = sys.argv[1:]
+model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+assert list(model.pretrained_cfg["label_names"]) == ["columns", "rings", "rows"], model.pretrained_cfg
+with torch.no_grad():
+    save_file({"logits": model(load_file(picture)["picture"])}, out)
+"""
+
+
+def logits_of_plain_timm(folder: Path, pictures: torch.Tensor, place: Path) -> torch.Tensor:
+    """What timm makes of a folder in a process that cannot import cim_models."""
+    save_file({"picture": pictures}, place / "picture.safetensors")
+    command = [sys.executable, "-c", PLAIN, folder, place / "picture.safetensors", place / "logits.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return load_file(place / "logits.safetensors")["logits"]
+
+
+def test_best_and_last_load_everywhere_with_their_labels(tuned, tmp_path):
+    out, report = tuned
+    pictures = torch.randn(2, 3, 64, 64)
+    state = torch.load(out / "last.pt", weights_only=True)
+    for folder, tensors in ((out, state["best"]), (out / "last", state["model"])):
+        model = cim_models.create_model("cim_vit_tiny", weights=folder).eval()
+        assert model.pretrained_cfg["label_names"] == tuple(CLASSES) and model.num_classes == 3
+        assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+        with torch.no_grad():
+            logits = model(pictures)
+        assert logits.shape == (2, 3)
+        assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(pictures), logits)
+        torch.testing.assert_close(logits_of_plain_timm(folder, pictures, tmp_path), logits, atol=0, rtol=0)
+        entry = json.loads((folder / "config.json").read_text())["cim_models"]
+        assert entry["kind"] == "finetuned" and entry["num_classes"] == 3 and entry["model_args"]["fc_norm"] is True
+    encoder = open_encoder(str(out))
+    assert encoder.num_classes == 0 and encoder(pictures.to(next(encoder.parameters()).device)).shape == (2, 192)
+    card = (out / "README.md").read_text()
+    assert "finetune_top1" in card and f"{report.result['headline']:.1%}" in card
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def test_random_rows_come_from_the_same_command(patterns, run, tmp_path):
+    config = replace(QUICK, epochs=0.25, layer_decay=0.8)
+    reports = {}
+    for name, options in {
+        "trained": {}, "random": {"random_init": True}, "scratch": {"from_scratch": True},
+        "other": {"random_init": True, "config": replace(config, seed=1)},
+    }.items():  # fmt: skip
+        options = {"config": config, **options}
+        reports[name] = finetune(str(run), patterns / "train", patterns / "val", tmp_path / name, **options)
+    assert len({report.model["weights_sha256"] for report in reports.values()}) == 3
+    assert reports["random"].model["weights_sha256"] == reports["scratch"].model["weights_sha256"]
+    assert [report.model["random_init"] for report in reports.values()] == [False, True, True, True]
+    assert {report.settings["steps"] for report in reports.values()} == {4}
+    scales = {name: report.settings["layer_decay"] for name, report in reports.items()}
+    assert scales == {"trained": 0.8, "random": 0.8, "scratch": 1.0, "other": 0.8}
+    assert "layer_decay=1.0" in reports["scratch"].protocol
+    assert "--from-scratch" in reports["scratch"].command and "--random-init" in reports["random"].command
+
+
+@pytest.mark.parametrize("name", ["cim_vit_tiny", "cim_resnet18", "test_vit", "test_resnet", "test_convnext"])
+def test_a_classifier_is_the_encoder_with_a_new_head(name):
+    torch.manual_seed(0)
+    encoder = open_encoder(name, random_init=True, image_size=96, device="cpu")
+    found = find_weights(name)
+    assert (found is None) == name.startswith("test_")
+    classifier = build_classifier(encoder, (found and found.model_args) or {}, 7, DEFAULT)
+    same = build_classifier(encoder, (found and found.model_args) or {}, 7, DEFAULT)
+    held, mine = encoder.state_dict(), classifier.state_dict()
+    moved = {"norm.weight", "norm.bias"} if "vit" in name else set()
+    assert held.keys() - mine == moved and all(torch.equal(held[key], mine[key]) for key in held.keys() - moved)
+    assert all(torch.equal(value, mine[key]) for key, value in same.state_dict().items())
+    assert ("fc_norm.weight" in mine) == ("vit" in name)
+    assert classifier(torch.randn(2, 3, 96, 96)).shape == (2, 7)
+    drops = {module.drop_prob for module in classifier.modules() if isinstance(module, timm.layers.DropPath)}
+    assert max(drops, default=0) == pytest.approx(0.1)
+
+
+def test_a_model_of_timm_becomes_a_folder_of_timm(patterns, tmp_path):
+    out = tmp_path / "out"
+    config = replace(QUICK, epochs=0.2, drop_path=0.0)
+    options = dict(random_init=True, image_size=64, config=config)
+    finetune("test_resnet", patterns / "train", patterns / "val", out, **options)
+    pictures = torch.randn(2, 3, 64, 64)
+    state = torch.load(out / "last.pt", weights_only=True)["model"]
+    model = timm.create_model("test_resnet", num_classes=3).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of_plain_timm(out, pictures, tmp_path), model(pictures), atol=0, rtol=0)
+
+
+def test_sums_agree_with_torchmetrics():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(500, 20), torch.randint(20, (500,))
+    right, right5, loss, count = batch_sums(logits, labels).tolist()
+    assert count == 500
+    for hits, k in ((right, 1), (right5, 5)):
+        expected = multiclass_accuracy(logits, labels, 20, top_k=k, average="micro").item()
+        assert hits / 500 == pytest.approx(expected, abs=1e-6)
+    assert loss / 500 == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert batch_sums(torch.randn(4, 2), torch.zeros(4).long())[1] == 4
+
+
+def test_unreadable_images_are_replaced_or_left_out_and_named(patterns, run, tmp_path):
+    shutil.copytree(patterns, tmp_path / "data")
+    broken = [tmp_path / "data" / "train" / "rows" / f"{number}.png" for number in range(0, 24, 3)]
+    broken.append(tmp_path / "data" / "val" / "rings" / "1003.png")
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    folders = tmp_path / "data" / "train", tmp_path / "data" / "val"
+    report = finetune(str(run), *folders, tmp_path / "out", config=replace(QUICK, epochs=1, held_out=0.0))
+    named = report.data["train"]["unreadable"]
+    assert 1 <= len(named) <= 8 and all(any(line.startswith(str(path)) for path in broken) for line in named)
+    assert [line.split(": ")[0] for line in report.data["val"]["unreadable"]] == [str(broken[-1])]
+    assert report.result["history"] == [] and report.result["best_epoch"] == 1
+    for path in (tmp_path / "data" / "val").rglob("*.png"):
+        path.write_text("no picture")
+    with pytest.raises(DataError, match="val: none of 30 images can be read; the first: .*png: not an image"):
+        finetune(str(run), *folders, tmp_path / "out2", config=replace(QUICK, epochs=0.2, held_out=0.0))
+
+
+def test_what_is_wrong_with_the_data_is_said_before_anything_is_trained(patterns, run, tmp_path):
+    def tune(name="data", **changes):
+        finetune(str(run), tmp_path / name / "train", tmp_path / name / "val", tmp_path / "out",
+                 config=replace(QUICK, **changes))  # fmt: skip
+
+    shutil.copytree(patterns, tmp_path / "data")
+    train, val = tmp_path / "data" / "train", tmp_path / "data" / "val"
+    with pytest.raises(DataError, match="nowhere.train: no such folder"):
+        tune("nowhere")
+    (train / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: this class folder holds no image"):
+        tune()
+    (train / "empty").rmdir()
+    (val / "rings").rename(val / "circles")
+    with pytest.raises(DataError, match="train has classes that .*val has not: rings"):
+        tune()
+    shutil.rmtree(val / "circles")
+    shutil.rmtree(train / "rings")
+    with pytest.raises(DataError, match="train: each class has one training image.*or held_out 0"):
+        for name in ("rows", "columns"):
+            for path in sorted((train / name).iterdir())[1:]:
+                path.unlink()
+        tune()
+    with pytest.raises(DataError, match="2 training images do not fill a step of 8"):
+        tune(held_out=0.0, batch_size=8)
+    shutil.rmtree(train / "rows")
+    with pytest.raises(DataError, match="train: 1 class; accuracy needs at least two"):
+        tune()
+    with pytest.raises(ConfigError, match="mixup is -1.0; it must be 0 or more"):
+        tune(mixup=-1.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_in_the_folder_is_not_overwritten(tuned, patterns, run):
+    out, _ = tuned
+    with pytest.raises(CheckpointError, match="holds a run; give --resume"):
+        finetune(str(run), patterns / "train", patterns / "val", out, config=QUICK)
+    with pytest.raises(CheckpointError, match="config.drop_path: 0.1 in the checkpoint, 0.3 asked for"):
+        finetune(str(run), patterns / "train", patterns / "val", out, config=replace(QUICK, drop_path=0.3), resume=True)
+
+
+FRESH = """
+import sys, torch
+from cim_models import cli
+torch.set_num_threads(1)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(patterns, run, tmp_path):
+    """SIGKILL after the first checkpoint, --resume, and compare: weights and history of an unbroken run."""
+    flags = "--epochs 4 --batch-size 12 --workers 1 --device-batch 8 --ema 0.9 --precision fp32".split()
+    data = ["evaluate", "finetune", str(run), str(patterns / "train"), str(patterns / "val")]
+
+    def started(out: Path, *more: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", FRESH, *data, "--out", str(out), "--tag", "same", *flags, *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with started(whole) as process:
+        said = process.communicate()[0].decode()
+    assert process.returncode == 0 and "top-1" in said, said
+    with started(broken) as process:
+        while process.poll() is None and not (broken / "last.pt").exists():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert torch.load(broken / "last.pt", weights_only=True)["step"] < 20 and not (broken / "config.json").exists()
+    with started(broken, "--resume") as process:
+        said = process.communicate()[0].decode()
+    assert process.returncode == 0, said
+    for name in ("model.safetensors", "last/model.safetensors", "training.jsonl"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
+    reports = [json.loads((out / "finetune.json").read_text()) for out in (whole, broken)]
+    assert reports[0]["result"] == reports[1]["result"]
+
+
+@pytest.mark.slow
+def test_two_minutes_on_imagenette_beat_chance(shared, tmp_path):
+    """The embedded encoder on 10 × 60 real pictures; chance is 10 %."""
+    for split in ("train", "val"):
+        shutil.unpack_archive(shared / "data" / "imagenette" / f"{split}.zip", tmp_path)
+    config = FinetuneConfig(epochs=12, lr=3e-3, auto_augment="none", mixup=0.0, cutmix=0.0, drop_path=0.0)
+    out = tmp_path / "out"
+    report = finetune(
+        "cim_vit_tiny", tmp_path / "train", tmp_path / "val", out, image_size=64, limit_per_class=60, config=config
+    )
+    assert report.data["val"]["images"] == 500 and report.result["headline"] > 0.2
+    model = cim_models.create_model("cim_vit_tiny", weights=out).eval()
+    names = sorted(path.name for path in (tmp_path / "val").iterdir())
+    assert list(model.pretrained_cfg["label_names"]) == names
+    paths = [path for name in names for path in sorted((tmp_path / "val" / name).iterdir())]
+    predicted = torch.cat([logits_of(model, paths[start : start + 50]).argmax(1) for start in range(0, 500, 50)])
+    right = (predicted == torch.arange(10).repeat_interleave(50)).float().mean().item()
+    assert right == pytest.approx(report.result["headline"], abs=1e-6)
