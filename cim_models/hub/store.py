@@ -320,6 +320,7 @@ def _from_config(
         files={"backbone": (obtain(WeightFile("model.safetensors", "backbone", 0, "")),)},
         model_args=model_args,
         preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,
+        labels=labels,
         ours=ours,
     )
 
