@@ -9,24 +9,20 @@ import json
 import re
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cim_models.errors import CheckpointError, ConfigError, WeightsError
-from cim_models.hub.card import LOG, NOT_STATED, RECIPE, update_readme
+from cim_models.errors import CheckpointError, ConfigError
+from cim_models.hub.card import NOT_STATED, update_readme
 from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from cim_models.hub.manifest import load_manifest, write_manifest
 from cim_models.hub.metrics import read_metrics
-from cim_models.hub.store import Header, read_header
+from cim_models.hub.provenance import read_stages, texts
 from cim_models.pretext.model import PretextConfig
-
-LOCAL = ("out", "resume", "init", "log_every", "save_every", "tensorboard")
-"""Settings of a run that say nothing about its result; folders of the machine, among others."""
 
 
 def release(
@@ -76,14 +72,15 @@ def release(
     manifest = load_manifest(root)
     if id in manifest.entries and not replace:
         raise ConfigError(f"{id} is released already: choose another tag, or give replace")
-    header, config = _read_run(run, encoder)
+    stages = read_stages(run, encoder)
+    header, config = stages[-1].header, stages[-1].config
     architecture, model_args = header.metadata["architecture"], json.loads(header.metadata["model_args"])
     if not re.fullmatch(rf"{architecture}\.[\w.-]*\w", id):
         raise ConfigError(f"the id of a release of this run is {architecture}.TAG, not {id!r}")
     # A release holds no heads of the global loss, and one encoder.
     pretext = dataclasses.replace(PretextConfig(**json.loads(header.metadata["pretext"])), global_weight=0.0)
     size = model_args.get("img_size", config["data"]["size"])
-    images = int(header.metadata["images_seen"])
+    images = sum(stage.images for stage in stages)
     entry = Entry(
         id=id,
         architecture=architecture,
@@ -108,35 +105,12 @@ def release(
         "backbone": _read_tensors(run, encoder),
         "pretext": {f"head.{key}": value for key, value in _read_tensors(run, "head").items()},
     }
-    log = _published_log(run / LOG)
-    texts = {RECIPE: _published_recipe(entry, config, images, log, hardware), LOG: log}
     folder = manifest.root / "weights" / id
     with staging(folder) as (temporary, install):
-        manifest = manifest.with_entry(write_folder(temporary, entry, tensors, texts))
+        manifest = manifest.with_entry(write_folder(temporary, entry, tensors, texts(stages, data, hardware)))
         install(lambda: write_manifest(manifest))
     update_readme(manifest)
     return folder
-
-
-def _read_run(run: Path, encoder: str) -> tuple[Header, dict[str, Any]]:
-    """What an encoder's file says of itself, and the run's configuration."""
-    names = (f"{encoder}.safetensors", "head.safetensors", "config.yaml", LOG)
-    missing = [name for name in names if not (run / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}")
-    try:
-        header = read_header(run / names[0])
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (WeightsError, yaml.YAMLError, OSError, ValueError) as error:
-        raise CheckpointError(f"{run}: {error}") from error
-    lacking = {"architecture", "model_args", "pretext", "images_seen"} - header.metadata.keys()
-    if lacking:
-        raise CheckpointError(f"{run} is not a run directory: {names[0]} does not say its {', '.join(sorted(lacking))}")
-    try:
-        config["data"]["size"], config["views"]["context_size"], config["views"]["exemplars"]["size"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{run} is not a run directory: config.yaml is not that of a run: {error}") from error
-    return header, config
 
 
 def _read_tensors(run: Path, name: str) -> dict[str, Tensor]:
@@ -144,33 +118,3 @@ def _read_tensors(run: Path, name: str) -> dict[str, Tensor]:
         return load_file(run / f"{name}.safetensors")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{run / name}.safetensors cannot be read: {error}") from error
-
-
-def _published_log(path: Path) -> str:
-    """The log without the names of the run's own images, those that were skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        return "".join(f"{line}\n" for line in lines if "skipped" not in json.loads(line))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def _published_recipe(entry: Entry, config: dict[str, Any], images: int, log: str, hardware: str) -> str:
-    """The run's configuration as a recipe, without folders, under a header that says what it took."""
-    recipe = {key: value for key, value in config.items() if key not in LOCAL}
-    recipe["data"] = {key: value for key, value in config["data"].items() if key not in ("path", "workers")}
-    hours, seen = 0.0, 0
-    for record in map(json.loads, log.splitlines()):
-        if record.get("images_per_second"):
-            hours += (record["images_seen"] - seen) / record["images_per_second"] / 3600
-            seen = record["images_seen"]
-    head = {
-        "Command": f"cim pretrain DATA --recipe {RECIPE} --out RUN",
-        "Data": entry.data[0].name,
-        "Hardware": hardware,
-        "Time": f"{hours:.1f} hours",
-        "Images": f"{images:,} seen",
-        **({"Start": f"the encoders of another run, {Path(config['init']).name}"} if config.get("init") else {}),
-    }
-    comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())
-    return comments + yaml.safe_dump(recipe, sort_keys=False)

@@ -15,6 +15,7 @@ from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub import folder
 from cim_models.hub import release as module
 from cim_models.hub.manifest import load_manifest, write_manifest
+from cim_models.hub.store import read_header
 from cim_models.hub.verify import verify
 
 # ---------------------------------------------------------------- the same model
@@ -290,7 +291,7 @@ def test_metrics_that_cannot_be(run, root, text):
 
 def test_numbers_that_float16_does_not_hold(making, tmp_path, root):
     making.make_run(tmp_path / "run")
-    header = module.read_header(tmp_path / "run/target.safetensors").metadata
+    header = read_header(tmp_path / "run/target.safetensors").metadata
     tensors = load_file(tmp_path / "run/target.safetensors")
     save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1e5}, tmp_path / "run/target.safetensors", header)
     with pytest.raises(ConfigError, match="not finite as float16: norm.bias"):

@@ -1,0 +1,109 @@
+"""How weights came about: a run and the runs that it started from, as recipes and logs that travel with a release."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cim_models.errors import CheckpointError, WeightsError
+from cim_models.hub.card import LOG, RECIPE
+from cim_models.hub.store import Header, read_header
+
+LOCAL = ("out", "resume", "init", "log_every", "save_every", "tensorboard")
+"""Settings of a run that say nothing about its result; folders of the machine, among others."""
+METADATA = {"architecture", "model_args", "pretext", "images_seen"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a chain, each of which started from the encoders and the head of the one before it."""
+
+    header: Header
+    """Of its encoder's file."""
+    config: dict[str, Any]
+    log: str
+    """log.jsonl up to what the encoder saw, without the names of the run's own images."""
+
+    @property
+    def images(self) -> int:
+        """Images that its encoder saw in this run."""
+        return int(self.header.metadata["images_seen"])
+
+
+def read_stages(run: Path, encoder: str) -> list[Stage]:
+    """A run directory and those that it started from, the first of them first.
+
+    Raises:
+        CheckpointError: If one lacks a file, or a file is damaged.
+    """
+    stages = [_read(run, encoder)]
+    while start := stages[0].config.get("init"):
+        if not Path(start).is_dir():
+            logger.warning("%s, which the run started from, is gone: the release cannot say how it came about", start)
+            break
+        stages.insert(0, _read(Path(start), "online"))
+    return stages
+
+
+def texts(stages: Sequence[Stage], data: str, hardware: str) -> dict[str, str]:
+    """Recipes and logs by file name: recipe.yaml and log.jsonl of the last run, numbered ones of those before."""
+    found: dict[str, str] = {}
+    for number, stage in enumerate(stages, 1):
+        suffix = "" if stage is stages[-1] else f"-{number}"
+        recipe, log = (name.replace(".", f"{suffix}.") for name in (RECIPE, LOG))
+        command = f"cim pretrain DATA --recipe {recipe} --out RUN{suffix}"
+        command += f" --init RUN-{number - 1}" if number > 1 else ""
+        found |= {recipe: _recipe(stage, {"Command": command, "Data": data, "Hardware": hardware}), log: stage.log}
+    return found
+
+
+def _read(run: Path, encoder: str) -> Stage:
+    names = (f"{encoder}.safetensors", "head.safetensors", "config.yaml", LOG)
+    missing = [name for name in names if not (run / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}")
+    try:
+        header = read_header(run / names[0])
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except (WeightsError, yaml.YAMLError, OSError, ValueError) as error:
+        raise CheckpointError(f"{run}: {error}") from error
+    lacking = METADATA - header.metadata.keys()
+    if lacking:
+        raise CheckpointError(f"{run} is not a run directory: {names[0]} does not say its {', '.join(sorted(lacking))}")
+    try:
+        config["data"]["size"], config["views"]["context_size"], config["views"]["exemplars"]["size"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{run} is not a run directory: config.yaml is not that of a run: {error}") from error
+    return Stage(header, config, _log(run / LOG, int(header.metadata["images_seen"])))
+
+
+def _log(path: Path, images: int) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        records = [(line, json.loads(line)) for line in lines]
+        kept = [line for line, record in records if "skipped" not in record and record.get("images_seen", 0) <= images]
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return "".join(f"{line}\n" for line in kept)
+
+
+def _recipe(stage: Stage, head: dict[str, str]) -> str:
+    """The run's configuration as a recipe, without folders, under a header that says what it took."""
+    recipe = {key: value for key, value in stage.config.items() if key not in LOCAL}
+    recipe["data"] = {key: value for key, value in stage.config["data"].items() if key not in ("path", "workers")}
+    hours, seen, last = 0.0, 0, {"step": 0, "steps": 0}
+    for record in map(json.loads, stage.log.splitlines()):
+        if record.get("images_per_second"):
+            hours += (record["images_seen"] - seen) / record["images_per_second"] / 3600
+            seen, last = record["images_seen"], {**last, **record}
+    head = {**head, "Time": f"{hours:.1f} hours", "Images": f"{stage.images:,} seen"}
+    if last["step"] < last["steps"]:
+        head["Stopped"] = f"after step {last['step']:,} of {last['steps']:,}"
+    comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())
+    return comments + yaml.safe_dump(recipe, sort_keys=False)

@@ -1,0 +1,82 @@
+"""A release tells of every run that its weights came from, and nothing of the machine."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from cim_models.errors import CheckpointError
+from cim_models.hub.provenance import read_stages, texts
+from cim_models.hub.release import release
+from cim_models.pretraining.config import load_recipe
+
+
+def follow(first, folder, images: int, steps: int):
+    """A run that started from another one."""
+    shutil.copytree(first, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "init": str(first), "out": str(folder)}))
+    for name in ("online", "target", "head"):
+        with safe_open(folder / f"{name}.safetensors", "pt") as file:
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        save_file(tensors, folder / f"{name}.safetensors", {**metadata, "images_seen": str(images)})
+    lines = [json.loads(line) for line in (first / "log.jsonl").read_text().splitlines()]
+    (folder / "log.jsonl").write_text("".join(json.dumps({**line, "steps": steps}) + "\n" for line in lines))
+    return folder
+
+
+def header(text: str) -> dict[str, str]:
+    lines = [line[2:].partition(":") for line in text.splitlines() if line.startswith("# ")]
+    return {key: value.strip() for key, _, value in lines}
+
+
+def test_a_single_run(run):
+    found = texts(read_stages(run, "target"), "photos", "a laptop")
+    assert sorted(found) == ["log.jsonl", "recipe.yaml"]
+    assert header(found["recipe.yaml"]) == {
+        "Command": "cim pretrain DATA --recipe recipe.yaml --out RUN", "Data": "photos", "Hardware": "a laptop",
+        "Time": "5.3 hours", "Images": "76,800 seen",
+    }  # fmt: skip
+    assert "skipped" not in found["log.jsonl"] and len(found["log.jsonl"].splitlines()) == 2
+
+
+def test_runs_that_started_from_others(run, tmp_path, root):
+    second = follow(run, tmp_path / "second", images=38400, steps=200)
+    third = follow(second, tmp_path / "third", images=76800, steps=300)
+    found = texts(read_stages(third, "online"), "photos", "a laptop")
+    assert sorted(found) == [f"{name}" for name in (
+        "log-1.jsonl", "log-2.jsonl", "log.jsonl", "recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]  # fmt: skip
+    commands = [header(found[name])["Command"] for name in ("recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]
+    assert commands == [
+        "cim pretrain DATA --recipe recipe-1.yaml --out RUN-1",
+        "cim pretrain DATA --recipe recipe-2.yaml --out RUN-2 --init RUN-1",
+        "cim pretrain DATA --recipe recipe.yaml --out RUN --init RUN-2",
+    ]
+    stopped = [header(found[name]).get("Stopped") for name in ("recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]
+    assert stopped == [None, "after step 100 of 200", "after step 200 of 300"]
+    assert len(found["log-2.jsonl"].splitlines()) == 1  # what the encoder did not see is not told
+    assert not any(str(tmp_path) in text for text in found.values())
+
+    folder = release(third, id="cim_vit_tiny.chain", root=root)
+    for name in ("recipe-1.yaml", "recipe.yaml"):
+        assert load_recipe(folder / name).views.exemplars.count == 4
+    assert "192,000 images" in (folder / "README.md").read_text()
+
+
+def test_a_start_that_is_gone(run, tmp_path, caplog):
+    second = follow(run, tmp_path / "second", images=38400, steps=200)
+    moved = second.rename(tmp_path / "moved")
+    third = follow(moved, tmp_path / "third", images=76800, steps=300)
+    shutil.rmtree(moved)
+    assert len(read_stages(third, "online")) == 1 and "moved, which the run started from, is gone" in caplog.text
+
+
+def test_a_start_that_is_damaged(run, tmp_path):
+    second = follow(run, tmp_path / "second", images=38400, steps=200)
+    third = follow(second, tmp_path / "third", images=76800, steps=300)
+    (second / "log.jsonl").write_text("{")
+    with pytest.raises(CheckpointError, match="second/log.jsonl is damaged"):
+        read_stages(third, "online")
