@@ -158,6 +158,24 @@ def test_evaluate_knn(tmp_path, photographs, small_run, capsys):
     assert saved["result"]["scores"]["k=1"] == 1 and sorted(shlex.split(saved["command"])[1:]) == sorted(arguments)
 
 
+def test_evaluate_the_rest_and_report(tmp_path, photographs, small_run, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for index, path in enumerate(sorted(photographs(6, 80).iterdir())):
+        (tmp_path / "data" / "ab"[index % 2] / path.name).write_bytes(path.read_bytes())
+    data, results = str(tmp_path / "data"), tmp_path / "results"
+    flags = ["--workers", "0", "--cache", str(tmp_path / "cache")]
+    for protocol, more in (("linear", ["--quick"]), ("lowshot", ["--shots", "1", "3", "--draws", "2"])):
+        arguments = [str(small_run), data, data, "--out", str(results / f"{protocol}.json"), *more, *flags]
+        code, printed, err = usage(["evaluate", protocol, *arguments], capsys)
+        assert code == 0 and "top-1" in printed and "chance" in printed
+    assert "3 per class" in printed
+    code, printed, _ = usage(["evaluate", "report", str(results)], capsys)
+    assert code == 0 and "## linear-lbfgs-1" in printed and "## lowshot-1, draws=2" in printed
+    code, printed, _ = usage(["evaluate", "report", str(results), "--out", str(tmp_path / "r.md")], capsys)
+    assert code == 0 and printed == f"{tmp_path / 'r.md'}\n" and (tmp_path / "r.md").is_file()
+
+
 def test_quickstart_and_locate(tmp_path, photographs, small_run, capsys):
     folder = photographs(6, 80)
     code, out, _ = usage(["quickstart", str(folder), "--out", str(tmp_path), "--model", str(small_run)], capsys)

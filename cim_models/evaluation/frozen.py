@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cim_models.errors import ConfigError
+from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.cache import split_features
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import Pooling, Precision
@@ -86,7 +86,11 @@ def frozen_features(
             precision=precision,
             progress=name,
         )
-        labelled[name] = Labelled(found.features, split.labels[found.indices])
+        labels = split.labels[found.indices]
+        for label in set(range(len(split.classes))) - set(labels.tolist()):
+            reason = found.unreadable[int((split.labels == label).nonzero()[0])]
+            raise DataError(f"{reason}; no image of the class {split.classes[label]!r} in {split.source} can be read")
+        labelled[name] = Labelled(found.features, labels)
         data[name] = {
             **split.fingerprint(),
             "limit_per_class": limit_per_class,

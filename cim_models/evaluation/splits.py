@@ -67,8 +67,9 @@ def read_split(source: str | Path, limit_per_class: int | None = None) -> Split:
     elif source.is_file() and source.suffix.lower() not in EXTENSIONS:
         found = _labels_file(source)
     else:
+        what = "an image, not labelled ones" if source.is_file() else "no such folder"
         raise DataError(
-            f"{source}: no such folder; give a folder that holds one folder of images per class, "
+            f"{source}: {what}; give a folder that holds one folder of images per class, "
             "or a text file with a line `path,class` for each image"
         )
     if len(found) < 2:

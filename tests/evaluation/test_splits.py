@@ -63,6 +63,8 @@ def test_what_is_wrong_with_a_folder_is_said(splits):
     train = splits / "train"
     with pytest.raises(DataError, match="nowhere: no such folder"):
         read_split(splits / "nowhere")
+    with pytest.raises(DataError, match="jpg: an image, not labelled ones"):
+        read_split(find_images(train)[0])
     with pytest.raises(DataError, match="even: 1 class; accuracy needs at least two"):
         read_split(train / "even")
     with pytest.raises(DataError, match="train: limit_per_class=0"):
