@@ -35,6 +35,11 @@ class Row:
         return f"{model['model']}{weights}" + (", random weights" if model.get("random_init") else "")
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What all repetitions were made with, and the size of the input."""
+        return self.runs[0].settings | {"input": _size(self.runs[0])}
+
+    @property
     def cells(self) -> dict[str, str]:
         """Name → scores over draws and seeds in per cent, and the other numbers that were found."""
         scores: dict[str, list[float]] = {}
@@ -205,9 +210,8 @@ def _table(section: Section) -> str:
     """One row for each measurement, with the settings in which the rows differ."""
     cells = [row.cells for row in section.rows]
     names = list(dict.fromkeys(name for found in cells for name in found))
-    settings = [row.runs[0].settings | {"input": _size(row.runs[0])} for row in section.rows]
-    keys = list(dict.fromkeys(key for one in settings for key in one if key != "seed"))
-    differing = [key for key in keys if key == "input" or len({str(one.get(key)) for one in settings}) > 1]
+    settings = [row.settings for row in section.rows]
+    differing = _differing(section)
     table = [["model", "weights sha256", *differing, *names, "seeds", "command"]]
     for row, found, setting in zip(section.rows, cells, settings, strict=True):
         digests = list(dict.fromkeys(str(run.model.get("weights_sha256", ""))[:8] for run in row.runs))
@@ -226,6 +230,13 @@ def _table(section: Section) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
+def _differing(section: Section) -> list[str]:
+    """The settings in which rows differ, and the input's size."""
+    settings = [row.settings for row in section.rows]
+    keys = dict.fromkeys(key for one in settings for key in one if key != "seed")
+    return [key for key in keys if key == "input" or len({str(one.get(key)) for one in settings}) > 1]
+
+
 def _size(run: Report) -> str:
     size = run.model.get("transform", {}).get("input_size")
     return " × ".join(map(str, size[1:])) if size else ""
@@ -241,7 +252,7 @@ def _plot(section: Section, folder: Path) -> list[Path]:
                 continue
             path = folder / f"{section.slug}_{kind}_{axis}.png"
             metric, chance = section.first.result["metric"], section.first.result.get("chance")
-            x_label = f"{label} of pretraining" if kind == "pretraining" else label
+            x_label = f"{label} in pretraining" if kind == "pretraining" else label
             draw_curves(curves, path, section.protocol, x_label, metric, chance)
             found.append(path)
     return found
@@ -260,12 +271,17 @@ def _histories(section: Section, axis: str) -> list[Curve]:
 
 
 def _pretraining(section: Section, axis: str) -> list[Curve]:
-    """The headline of encoders after more and more pretraining, random weights being none: a line per architecture."""
-    curves: dict[str, Curve] = {}
+    """The headline of encoders after more and more pretraining, random weights being none.
+
+    A line for each architecture, input and settings; encoders that have seen the same number of images count as
+    repetitions.
+    """
+    differing, curves = _differing(section), dict[str, Curve]()
     for run in (run for row in section.rows for run in row.runs):
         seen = 0 if run.model.get("random_init") else run.model.get(axis)
         headline = run.result.get("headline")
         if seen is not None and headline is not None:
-            name = f"{run.model.get('architecture') or run.model['model']}, {_size(run)}"
+            settings = [f"{key}={run.settings.get(key)}" for key in differing if key != "input"]
+            name = ", ".join([run.model.get("architecture") or run.model["model"], _size(run), *settings])
             curves.setdefault(name, Curve(name)).add(seen, headline)
     return [curve for curve in curves.values() if any(curve.points)]
