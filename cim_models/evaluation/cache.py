@@ -108,7 +108,8 @@ def _still_true(encoder: nn.Module, split: Split, stored: Features, pooling: Poo
     found = extract_all(encoder, paths, pooling, workers=0, precision=precision)
     if len(found.indices) != len(rows) or found.features.shape[1:] != stored.features.shape[1:]:
         return False
-    difference = (found.features - stored.features[rows]).norm(dim=1) / found.features.norm(dim=1).clamp_min(1e-12)
+    expected, again = stored.features[rows].flatten(1), found.features.flatten(1)
+    difference = (again - expected).norm(dim=1) / again.norm(dim=1).clamp_min(1e-12)
     return bool((difference <= TOLERANCE[precision]).all())
 
 

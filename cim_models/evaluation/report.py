@@ -76,13 +76,14 @@ class Section:
 
 @dataclass
 class Results:
-    """What `report` made; `str` is the document, or the names of the files that were written."""
+    """What `report` made; `str` is the document, or the names of the files if it is one of them."""
 
     markdown: str
-    files: list[Path]
+    out: Path | None
+    plots: list[Path]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.files)) or self.markdown.rstrip("\n")
+        return self.markdown.rstrip("\n") if self.out is None else "\n".join(map(str, [self.out, *self.plots]))
 
 
 def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path | None = None) -> Results:
@@ -107,12 +108,11 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
         figures = {section.slug: _plot(section, plots) for section in sections}
     base = out.parent if out is not None else Path()
     shown = {slug: [Path(os.path.relpath(path, base)).as_posix() for path in paths] for slug, paths in figures.items()}
-    results = Results(_markdown(sections, shown), [path for paths in figures.values() for path in paths])
+    markdown = _markdown(sections, shown)
     if out is not None:
         with replacing(out) as file:
-            file.write_text(results.markdown, encoding="utf-8")
-        results.files.insert(0, out)
-    return results
+            file.write_text(markdown, encoding="utf-8")
+    return Results(markdown, out, [path for paths in figures.values() for path in paths])
 
 
 def _read(sources: Sequence[Path]) -> dict[Path, Report]:
@@ -193,7 +193,7 @@ def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]])
 
 
 def _data(section: Section) -> str:
-    """The splits, what is measured on them, and what guessing reaches."""
+    """The splits, what is measured on them, what guessing reaches, and the settings of all rows."""
     lines = []
     for name, split in section.first.data.items():
         limit = f", at most {split['limit_per_class']} per class" if split.get("limit_per_class") else ""
@@ -203,7 +203,10 @@ def _data(section: Section) -> str:
         lines.append(f"- {name}: `{split.get('path', '?')}`, {count}, sha256 `{str(split.get('sha256'))[:8]}`")
     chance = section.first.result.get("chance")
     guessing = f"; guessing reaches {percent(chance)}" if chance is not None else ""
-    return "\n".join([*lines, f"- measured: {section.first.result['metric']}{guessing}"])
+    lines.append(f"- measured: {section.first.result['metric']}{guessing}")
+    differing = {*_differing(section), "seed"}
+    common = [f"{key}={value}" for key, value in section.rows[0].settings.items() if key not in differing]
+    return "\n".join(lines + ([f"- settings: {', '.join(common)}"] if common else []))
 
 
 def _table(section: Section) -> str:

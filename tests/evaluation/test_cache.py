@@ -53,9 +53,11 @@ def test_what_the_features_depend_on_has_its_own_place(splits, cached, run):
     cached()
     assert cached("both")[1] == 16 and cached(precision="bf16")[1] == 16
     assert cached("both")[1] == CHECKED and cached(precision="bf16")[1] == CHECKED
+    first, again = cached("dense")[0].features, cached("dense")
+    assert first.shape == (16, 192, 4, 4) and again[1] == CHECKED and torch.equal(first, again[0].features)
     cached(model=open_encoder(str(run), random_init=True))
     cached(model=open_encoder(str(run), image_size=96))
-    assert len(list((splits / "cache").iterdir())) == 5
+    assert len(list((splits / "cache").iterdir())) == 6
     first = read_split(splits / "train").paths[0]
     first.rename(first.with_name("z.jpg"))
     assert cached()[1] == 16

@@ -77,8 +77,10 @@ def test_random_weights_are_repetitions_other_weights_are_not(tmp_path):
 def test_settings_in_which_rows_differ_are_columns(tmp_path):
     for lr in (1.0, 2.0):
         result(settings={"lr": lr, "kept": 3}, command=f"cim x | {lr}").save(tmp_path / f"{lr}.json")
-    rows = table(report((tmp_path,)).markdown)
+    markdown = report((tmp_path,)).markdown
+    rows = table(markdown)
     assert [row["lr"] for row in rows] == ["1.0", "2.0"] and not any("kept" in row for row in rows)
+    assert "\n- settings: kept=3\n" in markdown
     assert rows[0]["command"] == "`cim x \\| 1.0`"
 
 
@@ -122,16 +124,16 @@ def test_plots(tmp_path):
     result(model=random, protocol="knn-1", headline=0.1).save(tmp_path / "r.json")
     out = tmp_path / "docs" / "results.md"
     made = report((tmp_path,), out, plots=tmp_path / "docs" / "results")
-    names = [path.name for path in made.files[1:]]
-    assert made.files[0] == out and str(made).splitlines() == list(map(str, made.files))
+    names = [path.name for path in made.plots]
+    assert made.out == out and str(made).splitlines() == list(map(str, [out, *made.plots]))
     assert [re.sub("_[a-z]+_", "_", name, count=1) for name in names] == [
         "finetune-1_history_epoch.png", "finetune-1_history_images_seen.png",
         "knn-1_pretraining_epoch.png", "knn-1_pretraining_images_seen.png",
     ]  # fmt: skip
-    for path in made.files[1:]:
+    for path in made.plots:
         assert f"](results/{path.name})" in out.read_text()
         assert len(np.unique(np.asarray(Image.open(path).convert("L")))) > 20
-    first = {path: path.read_bytes() for path in made.files}
+    first = {path: path.read_bytes() for path in [out, *made.plots]}
     report((tmp_path,), out, plots=tmp_path / "docs" / "results")
     assert all(path.read_bytes() == content for path, content in first.items())
 
@@ -179,6 +181,6 @@ def test_the_results_of_the_repository_are_those_of_its_files(tmp_path):
     if not RESULTS.is_dir():
         pytest.skip("no results in benchmarks/results")
     made = report((RESULTS,), tmp_path / "results.md", plots=tmp_path / "results")
-    assert made.files[0].read_text() == (ROOT / "docs" / "results.md").read_text()
-    for path in made.files[1:]:
+    assert made.markdown == (ROOT / "docs" / "results.md").read_text()
+    for path in made.plots:
         assert (ROOT / "docs" / "results" / path.name).is_file()
