@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate lowshot": ("cim_models.evaluation.lowshot:lowshot", "accuracy with few labels on frozen features"),
     "evaluate finetune": ("cim_models.evaluation.finetune:finetune", "fine-tune an encoder, and measure it"),
     "evaluate report": ("cim_models.evaluation.report:report", "tables and plots of results"),
+    "evaluate segment": ("cim_models.evaluation.segment:segment", "mean IoU of an encoder that labels every pixel"),
     "release": ("cim_models.hub.release:release", "make a release folder of a run"),
     "export": ("cim_models.hub.export:export", "write an encoder as ONNX"),
     "publish": ("cim_models.hub.publish:publish", "upload a release to the Hugging Face Hub"),

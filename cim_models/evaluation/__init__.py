@@ -10,9 +10,11 @@ from cim_models.evaluation.locate import locate
 from cim_models.evaluation.lowshot import lowshot
 from cim_models.evaluation.quickstart import quickstart
 from cim_models.evaluation.report import report
+from cim_models.evaluation.segment import SegmentConfig, segment
 
 __all__ = [
     "FinetuneConfig",
+    "SegmentConfig",
     "correlation",
     "embed",
     "extract",
@@ -26,4 +28,5 @@ __all__ = [
     "pool",
     "quickstart",
     "report",
+    "segment",
 ]

@@ -107,6 +107,7 @@ def finetune(
         WeightsError: If there are no such weights, or they do not fit.
     """
     command = command_of("evaluate finetune", finetune, locals())
+    protocol = variant(PROTOCOL, {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     config.check()
     check_new(out, resume)
     if from_scratch:
@@ -138,11 +139,11 @@ def finetune(
     data["train"]["unreadable"], data["val"]["unreadable"] = trained.unreadable, unreadable
     scores = {name: accuracy[name] for name in ("top-1", "top-5") if name != "top-5" or len(classes) > 5}
     report = Report(
-        protocol=variant(PROTOCOL, {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config)),
+        protocol=protocol,
         model=described,
         data=data,
         settings={
-            **asdict(config),
+            **{name: value for name, value in asdict(config).items() if name != "workers"},
             "from_scratch": from_scratch,
             "optimiser": "AdamW",
             "training_images": len(used),

@@ -58,8 +58,12 @@ class TrainConfig:
 
 
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("greater than 0", lambda x: 0 < x < math.inf, "epochs batch_size device_batch lr clip crop_area size short_side"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "warmup_epochs min_lr weight_decay workers mixup cutmix"),
+    (
+        "greater than 0",
+        lambda x: 0 < x < math.inf,
+        "epochs batch_size device_batch lr clip crop_area head_lr scale width crop short_side",
+    ),
+    ("0 or more", lambda x: 0 <= x < math.inf, "warmup_epochs min_lr weight_decay workers mixup cutmix colour"),
     ("from 0 to less than 1", lambda x: 0 <= x < 1, "betas ema drop_path smoothing held_out"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "layer_decay erasing crop_area"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
@@ -80,13 +84,14 @@ class Plan(NamedTuple):
     """Peak learning rate."""
 
 
-def make_plan(config: TrainConfig, images: int, processes: int = 1, even: bool = False) -> Plan:
+def make_plan(config: TrainConfig, images: int, processes: int = 1, even: bool = False, most: int = BATCH) -> Plan:
     """Scales a recipe to a number of training images.
 
     Args:
         config: The recipe.
         images: To train on.
         processes: That share a step.
+        most: Images of a step where the recipe does not say.
         even: Each process gets an even number of images at a time, as mixing pairs of them asks.
 
     Raises:
@@ -94,7 +99,7 @@ def make_plan(config: TrainConfig, images: int, processes: int = 1, even: bool =
     """
     unit = processes * (2 if even else 1)
     small = 2 ** max(0, math.floor(math.log2(max(1, images / STEPS_PER_EPOCH))))
-    batch = max(unit, (config.batch_size or min(BATCH, small)) // unit * unit)
+    batch = max(unit, (config.batch_size or min(most, small)) // unit * unit)
     if images < batch:
         raise DataError(f"{images} training images do not fill a step of {batch}: give more images")
     per_epoch = images // batch

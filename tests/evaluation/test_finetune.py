@@ -156,7 +156,7 @@ def test_random_rows_come_from_the_same_command(patterns, run, tmp_path):
     assert {report.settings["steps"] for report in reports.values()} == {4}
     scales = {name: report.settings["layer_decay"] for name, report in reports.items()}
     assert scales == {"trained": 0.8, "random": 0.8, "scratch": 1.0, "other": 0.8}
-    assert "layer_decay=1.0" in reports["scratch"].protocol
+    assert len({report.protocol for report in reports.values()}) == 1  # rows of one table
     assert "--from-scratch" in reports["scratch"].command and "--random-init" in reports["random"].command
 
 
@@ -303,7 +303,7 @@ def test_two_minutes_on_imagenette_beat_chance(shared, tmp_path):
     """The embedded encoder on 10 × 60 real pictures; chance is 10 %."""
     for split in ("train", "val"):
         shutil.unpack_archive(shared / "data" / "imagenette" / f"{split}.zip", tmp_path)
-    config = FinetuneConfig(epochs=12, lr=3e-3, auto_augment="none", mixup=0.0, cutmix=0.0, drop_path=0.0)
+    config = replace(QUICK, epochs=12, lr=2e-3, crop_area=(0.25, 1.0), drop_path=0.0, precision="auto")
     out = tmp_path / "out"
     report = finetune(
         "cim_vit_tiny", tmp_path / "train", tmp_path / "val", out, image_size=64, limit_per_class=60, config=config
