@@ -90,7 +90,7 @@ def models_table(manifest: Manifest) -> str:
     for entry in manifest.entries.values():
         rows.append(
             (
-                f"[`{entry.id}`]({Path(entry.files[0].path).parent.as_posix()}/README.md)",
+                f"[`{entry.id}`]({_page(entry)})",
                 f"{entry.parameters / 1e6:.1f} M",
                 f"{entry.bytes / 1e6:.1f} MB",
                 "{1} × {2}".format(*entry.preprocessing.input_size),
@@ -207,6 +207,14 @@ def _limits(entry: Entry) -> str:
         "It has whatever biases its data have, and must not decide about people.",
     ]
     return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _page(entry: Entry) -> str:
+    """Where the card is: beside the files in the repository, or on the Hub."""
+    hub = next((source for source in entry.sources if source.startswith("hf-hub:")), None)
+    if hub is None or "repository" in entry.sources:
+        return f"{Path(entry.files[0].path).parent.as_posix()}/README.md"
+    return f"https://huggingface.co/{hub.removeprefix('hf-hub:').replace('@', '/tree/')}"
 
 
 def _headline(entry: Entry) -> str:

@@ -32,7 +32,9 @@ def pretrained_cfg(weights: Weights) -> PretrainedCfg:
         size = weights.model_args["img_size"]
         cfg["input_size"] = (3, *((size, size) if isinstance(size, int) else size))
     if entry is not None:
+        hub = next((s.removeprefix("hf-hub:") for s in entry.sources if s.startswith("hf-hub:")), None)
         cfg |= dict(tag=entry.tag, num_classes=entry.num_classes, license=entry.licence, description=entry.summary)
+        cfg |= dict(hf_hub_id=hub)
     if weights.labels:
         cfg["label_names"] = weights.labels
     return PretrainedCfg(**cfg)
@@ -45,7 +47,9 @@ def _cfg(name: str, **values: Any) -> dict[str, Any]:
 
 def _released(entry: Entry, root: Path) -> Weights:
     """An entry as it stands in the repository, not yet verified."""
-    files = {"backbone": tuple(root / file.path for file in entry.files if file.part == "backbone")}
+    files = {}
+    if "repository" in entry.sources:
+        files["backbone"] = tuple(root / file.path for file in entry.files if file.part == "backbone")
     return Weights(entry.id, entry.architecture, files, entry.model_args, entry.preprocessing, entry.pretext, entry)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from cim_models.errors import CimModelsError, ConfigError, WeightsError
 from cim_models.hub.access import Access
+from cim_models.hub.card import update_readme
 from cim_models.hub.download import Downloads
 from cim_models.hub.entry import Entry, WeightFile, read_entry
 from cim_models.hub.integrity import check_file
@@ -176,7 +177,9 @@ def _record(root: Path, entry: Entry, source: str) -> None:
         raise ConfigError(f"{entry.id} has changed in the manifest meanwhile: publish it again")
     repository = source.partition("@")[0]
     others = tuple(other for other in now.sources if other.partition("@")[0] != repository)
-    write_manifest(manifest.with_entry(dataclasses.replace(now, sources=(*others, source))))
+    manifest = manifest.with_entry(dataclasses.replace(now, sources=(*others, source)))
+    write_manifest(manifest)
+    update_readme(manifest)
 
 
 def _access() -> Access:

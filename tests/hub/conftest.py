@@ -125,8 +125,8 @@ def hub(tmp_path, monkeypatch) -> Iterator[Loopback]:
         if name.startswith(("HF_", "CIM_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(waiting, "PAUSES", (0.02, 0.02, 0.02))
-    monkeypatch.setattr(waiting, "STEP", 0.5)
-    monkeypatch.setattr(download, "IDLE", 1.0)
+    monkeypatch.setattr(waiting, "STEP", 1.0)
+    monkeypatch.setattr(download, "IDLE", 2.5)
     with Loopback() as hub:
         for name, value in hub.environment(tmp_path).items():
             monkeypatch.setenv(name, value)

@@ -83,7 +83,7 @@ PASSING = {
     "larger Content-Length": (MODEL, dict(length=1000)),
     "smaller Content-Length": (MODEL, dict(length=-1000)),
     "compressed": (MODEL, dict(compress=True)),
-    "slow": (MODEL, dict(pause=0.2)),
+    "slow": (MODEL, dict(pause=0.1)),
 }
 
 
@@ -128,7 +128,7 @@ def test_a_trouble_that_lasts(hub, published, tmp_path, trouble):
     start = time.monotonic()
     with pytest.raises(WeightsError, match=message) as caught:
         resolve(entry.id, manifest=manifest)
-    assert time.monotonic() - start < 10, "patience is one second here"
+    assert time.monotonic() - start < 20, "patience is 2.5 seconds here"
     assert entry.id in str(caught.value) and entry.sources[0] in str(caught.value)
     assert not [path for path in cached(tmp_path) if path.suffix == ".safetensors"]
     hub.faults.clear()

@@ -62,6 +62,7 @@ def test_a_revision_is_what_was_asked_for(published, hub, commit, later):
     assert resolve(f"{entry.id}@{commit}", manifest=manifest) == resolve(entry.id, manifest=manifest)
     assert resolve("cim_vit_tiny", NAME, access=Access(revision="v1")).name == f"{NAME}@{commit}"
     model = create_model(entry.id, True, revision="v1", manifest=manifest)
+    assert create_model(entry.id, True, manifest=manifest).pretrained_cfg["hf_hub_id"] == f"org/name@{commit}"
     assert Path(model.pretrained_cfg["file"]).stem == entry.files[0].sha256
     with pytest.raises(ConfigError, match="revision='v2': say one of the two"):
         resolve(f"{NAME}@v1", access=Access(revision="v2"))

@@ -136,7 +136,7 @@ def test_who_waits_for_another_process_does_not_wait_for_ever(hub, published, tm
     folder.mkdir(parents=True)
     file = entry.files[0]
     with FileLock(folder / f".{file.sha256}.safetensors.lock"):
-        with pytest.raises(WeightsError, match="another process downloads it and has received nothing for 1 s"):
+        with pytest.raises(WeightsError, match="another process downloads it and has received nothing for 2 s"):
             resolve(entry.id, manifest=manifest)
     assert resolve(entry.id, manifest=manifest)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,10 @@ def test_readme_has_the_table_of_the_manifest(run, root):
     row = "| 64 × 64 | Tiny | knn_top1 9.1% (random weights 2.4%), Tiny val | Apache-2.0 |"
     assert "[`cim_vit_tiny.t1`](weights/cim_vit_tiny.t1/README.md)" in text and row in text
     assert card.readme_with_table(text, load_manifest(root)) == text
+    manifest = load_manifest(root)
+    entry = replace(manifest.entries["cim_vit_tiny.t1"], sources=(f"hf-hub:org/name@{'0' * 40}",))
+    page = f"https://huggingface.co/org/name/tree/{'0' * 40}"
+    assert f"[`cim_vit_tiny.t1`]({page})" in card.models_table(manifest.with_entry(entry))
     (root / "README.md").write_text("# no table")
     assert card.update_readme(load_manifest(root)) is None
     with pytest.raises(ConfigError, match="<!-- models -->"):
@@ -112,7 +117,8 @@ def released_entries():
 def test_cards_follow_from_their_entries(entry):
     made = ROOT / "weights" / entry.id
     assert (made / "README.md").read_text() == card.render_card(entry, made), "render the card again"
-    assert json.loads((made / "config.json").read_text())["cim_models"] == to_dict(entry)
+    described = json.loads((made / "config.json").read_text())["cim_models"]
+    assert described | {"sources": list(entry.sources)} == to_dict(entry), "its own commit is not in a published file"
 
 
 def test_this_readme_has_the_table_of_this_manifest():
