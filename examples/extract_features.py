@@ -1,11 +1,15 @@
-"""Features of a folder of images, and the nearest neighbour of each: python extract_features.py FOLDER"""
+"""Features of a folder of images, and the nearest neighbour of each: python extract_features.py FOLDER [MODEL]
+
+MODEL is any name of weights: cim_vit_tiny, an id of `cim list`, hf-hub:org/name@revision, a release folder, a run.
+"""
 
 import sys
 from pathlib import Path
 
 from cim_models.evaluation import embed, load_features
 
-embedded = embed(Path(sys.argv[1]), "cim_vit_tiny", Path("features.safetensors"))
+folder, model = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "cim_vit_tiny"
+embedded = embed(folder, model, Path("features.safetensors"))
 features, paths = load_features(embedded.path)  # (N, D) and N paths, in the same order
 features = features / features.norm(dim=1, keepdim=True)
 similarities = (features @ features.T).fill_diagonal_(-1)

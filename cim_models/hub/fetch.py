@@ -9,7 +9,7 @@ from cim_models.hub.card import LOG, RECIPE, render_card
 from cim_models.hub.folder import staging, write_config
 from cim_models.hub.integrity import check_file
 from cim_models.hub.manifest import load_manifest
-from cim_models.hub.store import resolve
+from cim_models.hub.store import from_path, resolve
 
 
 def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = None) -> Path:
@@ -41,11 +41,14 @@ def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = No
             path = temporary / Path(file.path).name
             shutil.copyfile(next(paths[file.part]), path)
             check_file(path, file)
+        released = manifest.root / "weights" / entry.id
         for text in (RECIPE, LOG):
-            source = manifest.root / "weights" / entry.id / text
-            if entry.id in manifest.entries and source.is_file():
-                shutil.copyfile(source, temporary / text)
-        write_config(temporary, entry)
+            if entry.id in manifest.entries and (released / text).is_file():
+                shutil.copyfile(released / text, temporary / text)
+        labels = found.labels
+        if entry.num_classes and not labels and (released / "config.json").is_file():
+            labels = from_path(released).labels
+        write_config(temporary, entry, labels)
         (temporary / "README.md").write_text(render_card(entry, temporary), encoding="utf-8")
         install()
     return to
