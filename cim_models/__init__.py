@@ -81,7 +81,13 @@ class _TimmHook:
 
             def execute_and_register(module: ModuleType) -> None:
                 loader.exec_module = execute  # type: ignore[method-assign]
-                execute(module)
+                try:
+                    execute(module)
+                except RuntimeError as error:
+                    if "torchvision" not in str(error):
+                        raise
+                    todo = "install the two together, pip install --upgrade --force-reinstall torch torchvision"
+                    raise ConfigError(f"torchvision is not of the same build as torch: {todo} ({error})") from error
                 self.register()
 
             loader.exec_module = execute_and_register  # type: ignore[method-assign]

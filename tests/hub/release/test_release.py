@@ -67,57 +67,6 @@ def test_the_entry_says_what_the_files_hold(making, tmp_path, root, architecture
         verify(f"{architecture}.t1", load_manifest(root))
 
 
-STOCK = """
-import sys
-sys.modules["cim_models"] = None
-import timm
-from safetensors.torch import load_file, save_file
-images, outputs = load_file("images.safetensors")["images"], {}
-for when in ("without", "with"):
-    for folder in ("cim_vit_tiny.t1", "cim_resnet18.t1"):
-        name = "local-dir:root/weights/" + folder
-        model = timm.create_model(name, pretrained=True).eval()
-        assert timm.create_model(name, pretrained=True, num_classes=10)(images).shape == (2, 10)
-        cfg = timm.data.resolve_data_config(model=model)
-        assert tuple(cfg["input_size"]) == (3, 64, 64) and cfg["crop_pct"] == 0.8, cfg
-        assert tuple(cfg["mean"]) == (0.485, 0.456, 0.406), cfg
-        assert (model.pretrained_cfg["license"], model.pretrained_cfg["tag"]) == ("Apache-2.0", "t1")
-        outputs |= {f"{folder} {when}": model(images), f"{folder} {when} maps": model.forward_features(images)}
-    if when == "without":
-        del sys.modules["cim_models"]
-        import cim_models
-save_file(outputs, "output.safetensors")
-"""
-
-
-def test_stock_timm_loads_the_folder(making, tmp_path, root):
-    """Where our package cannot be imported, and once it is."""
-    made = {}
-    for name in ("cim_vit_tiny", "cim_resnet18"):
-        making.make_run(tmp_path / name, name)
-        id = f"{name}.t1"
-        made[id] = module.release(tmp_path / name, id=id, root=root, licence="Apache-2.0", crop_pct=0.8)
-    save_file({"images": making.images()}, tmp_path / "images.safetensors")
-    making.run_python(STOCK, making.ROOT, cwd=tmp_path)
-    output = load_file(tmp_path / "output.safetensors")
-    for id, made_folder in made.items():
-        model = create_model(made_folder).eval()
-        for when in ("without", "with"):
-            torch.testing.assert_close(output[f"{id} {when}"], model(making.images()), rtol=0, atol=1e-6)
-            maps = model.forward_features(making.images())
-            torch.testing.assert_close(output[f"{id} {when} maps"], maps, rtol=0, atol=1e-5)
-
-
-def test_transformers_loads_the_folder(making, run, root):
-    transformers = pytest.importorskip("transformers", reason="needs transformers, which is optional")
-    made = module.release(run, id="cim_vit_tiny.t1", root=root)
-    model = transformers.AutoModel.from_pretrained(made).float().eval()
-    expected = create_model(made).eval().forward_features(making.images())
-    torch.testing.assert_close(model(making.images()).last_hidden_state, expected, rtol=0, atol=1e-5)
-    classifier = transformers.AutoModelForImageClassification.from_pretrained(made, num_labels=3).float()
-    assert classifier(making.images()).logits.shape == (2, 3)
-
-
 def test_config_json_is_one_that_stock_tools_read(run, root):
     made = module.release(run, id="cim_vit_tiny.t1", root=root)
     config = json.loads((made / "config.json").read_text())
