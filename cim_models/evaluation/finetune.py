@@ -55,8 +55,9 @@ class FinetuneConfig(TrainConfig):
     """Of the labels."""
     erasing: float = 0.25
     """Probability of erasing a rectangle."""
-    auto_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's words; none has none."""
+    auto_augment: str = "rand-m9-mstd0.5-mmax9-inc1"
+    """RandAugment in timm's words; none has none. The released magnitude of 9 is also the greatest: at 10, timm asks
+    Pillow to keep no bit of a colour, which Pillow refuses."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Least and greatest area of the crop, as a fraction of the picture's."""
 
@@ -194,6 +195,19 @@ def build_classifier(encoder: Any, model_args: Any, classes: int, config: Finetu
     return classifier
 
 
+def training_transform(classifier: nn.Module, config: FinetuneConfig) -> Callable[[Any], Tensor]:
+    """timm's random augmentation: RGB picture → (3, H, W) float32, normalised."""
+    return create_transform(
+        classifier,
+        is_training=True,
+        scale=config.crop_area,
+        auto_augment=None if config.auto_augment in ("", "none") else config.auto_augment,
+        color_jitter=None,
+        re_prob=config.erasing,
+        re_mode="pixel",
+    )
+
+
 class Pictures(Dataset[Example]):
     """(picture (3, H, W), label, reasons) of keys (epoch, index).
 
@@ -291,15 +305,6 @@ def _task(
     classifier: Any, split: Split, used: list[int], held: list[int], config: FinetuneConfig, accelerator: Accelerator
 ) -> Task:
     """What the loop trains and measures."""
-    augmented = create_transform(
-        classifier,
-        is_training=True,
-        scale=config.crop_area,
-        auto_augment=None if config.auto_augment in ("", "none") else config.auto_augment,
-        color_jitter=None,
-        re_prob=config.erasing,
-        re_mode="pixel",
-    )
     choosing = Pictures(split, held, create_transform(classifier))
     mixes = bool(config.mixup or config.cutmix)
     mixup = Mixup(
@@ -308,7 +313,7 @@ def _task(
     task = Task(
         classifier,
         layer_groups(classifier, config.weight_decay, config.layer_decay),
-        Pictures(split, used, augmented, config.seed),
+        Pictures(split, used, training_transform(classifier, config), config.seed),
         len(used),
         SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(config.smoothing),
         (lambda model: evaluate(model, choosing, accelerator, config)[0]) if held else None,

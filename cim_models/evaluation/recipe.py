@@ -55,6 +55,10 @@ class TrainConfig:
                 value = getattr(self, name, None)
                 if value is not None and not all(map(fits, value if isinstance(value, tuple) else (value,))):
                     raise ConfigError(f"{name} is {value}; it must be {meaning}")
+        for name in ("crop_area", "scale"):
+            least, greatest = getattr(self, name, (0, 0))
+            if least > greatest:
+                raise ConfigError(f"{name} is {least} to {greatest}; it must not fall")
 
 
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

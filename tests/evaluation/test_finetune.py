@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,14 +17,23 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.data.auto_augment import RandAugment
 from torchmetrics.functional.classification import multiclass_accuracy
 
 import cim_models
 from cim_models.errors import CheckpointError, ConfigError, DataError
 from cim_models.evaluation.encoders import find_weights, open_encoder
-from cim_models.evaluation.finetune import DEFAULT, FinetuneConfig, batch_sums, build_classifier, finetune
+from cim_models.evaluation.finetune import (
+    DEFAULT,
+    FinetuneConfig,
+    batch_sums,
+    build_classifier,
+    finetune,
+    training_transform,
+)
 from cim_models.images import read_image
 
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["columns", "rings", "rows"]
 QUICK = FinetuneConfig(
     epochs=6, lr=6e-3, layer_decay=1.0, auto_augment="none", mixup=0.0, cutmix=0.0, erasing=0.0, crop_area=(0.5, 1.0),
@@ -102,6 +112,7 @@ import sys
 sys.modules["cim_models"] = None
 import timm, torch
 from safetensors.torch import load_file, save_file
+from timm.data.auto_augment import RandAugment
 folder, picture, out = sys.argv[1:]
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 assert list(model.pretrained_cfg["label_names"]) == ["columns", "rings", "rows"], model.pretrained_cfg
@@ -189,6 +200,26 @@ def test_a_model_of_timm_becomes_a_folder_of_timm(patterns, tmp_path):
     model.load_state_dict(state)
     with torch.no_grad():
         torch.testing.assert_close(logits_of_plain_timm(out, pictures, tmp_path), model(pictures), atol=0, rtol=0)
+
+
+def test_the_augmentation_of_the_recipe_fails_on_no_image():
+    """timm's magnitudes are random: here each operation meets the greatest and the least."""
+    transform = training_transform(open_encoder("cim_vit_tiny", image_size=32, device="cpu"), DEFAULT)
+    policy = next(step for step in transform.transforms if isinstance(step, RandAugment))
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    assert len(policy.ops) == 15
+    for operation in policy.ops:
+        operation.prob, operation.magnitude_std = 1.0, 10.0
+        for index in range(20):
+            assert operation(pattern("rings", index)).size == (64, 64)
+    assert transform(pattern("rows", 0)).shape == (3, 32, 32)
+
+
+def test_the_example_runs(patterns):
+    command = [sys.executable, ROOT / "examples" / "finetune.py", patterns / "train", patterns / "val", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "\ntop-1 " in done.stdout, done.stderr
 
 
 def test_sums_agree_with_torchmetrics():
@@ -296,6 +327,30 @@ def test_a_killed_run_goes_on_bit_for_bit(patterns, run, tmp_path):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     reports = [json.loads((out / "finetune.json").read_text()) for out in (whole, broken)]
     assert reports[0]["result"] == reports[1]["result"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_share_a_step(patterns, run, tmp_path):
+    """The same steps as one process, the same numbers but for rounding, and each image measured once."""
+    flags = (
+        "--epochs 2 --batch-size 12 --workers 0 --drop-path 0 --mixup 0 --cutmix 0 --precision fp32 --lr 3e-3".split()
+    )
+    data = ["evaluate", "finetune", str(run), str(patterns / "train"), str(patterns / "val"), *flags]
+    (tmp_path / "worker.py").write_text(FRESH)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    results = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        command = [*torchrun, processes, tmp_path / "worker.py", *data, "--out", str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append((load_file(out / "model.safetensors"), json.loads((out / "finetune.json").read_text())))
+    (one, first), (two, second) = results
+    assert first["settings"]["steps"] == second["settings"]["steps"]
+    assert second["result"]["loss"] == pytest.approx(first["result"]["loss"], rel=1e-3)
+    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-2
 
 
 @pytest.mark.slow

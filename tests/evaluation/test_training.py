@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import CheckpointError, ConfigError, DataError
 from cim_models.evaluation.batches import Steps, image_seed, seeded
+from cim_models.evaluation.finetune import FinetuneConfig
 from cim_models.evaluation.recipe import Plan, TrainConfig, make_plan
 from cim_models.evaluation.training import Task, fit, layer_groups
 
@@ -209,3 +210,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_settings_that_cannot_be_meant(changes):
     with pytest.raises(ConfigError, match=f"{next(iter(changes))} is .*must be"):
         replace(CONFIG, **changes).check()
+
+
+def test_ranges_do_not_fall():
+    with pytest.raises(ConfigError, match="crop_area is 0.5 to 0.2; it must not fall"):
+        FinetuneConfig(crop_area=(0.5, 0.2)).check()
