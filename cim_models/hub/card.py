@@ -27,10 +27,11 @@ RANDOM = "random"
 
 def render_card(entry: Entry, folder: Path) -> str:
     """The README.md of a release folder: a function of its entry, `recipe.yaml` and `log.jsonl`, if it has them."""
-    if entry.kind == "pretext":
-        what = "An encoder pair with its correlation head"
-    else:
-        what = "A classifier" if entry.kind == "finetuned" else "A vision encoder"
+    what = {
+        "backbone": "A vision encoder, pretrained without labels by",
+        "pretext": "An encoder pair with its correlation head, pretrained without labels by",
+        "finetuned": "A classifier with an encoder of",
+    }[entry.kind]
     facts = {
         "Architecture": f"`{entry.architecture}`{_arguments(entry)}, {entry.parameters:,} parameters, {entry.dtype}",
         "Input": "{1} × {2} pixels ({0} channels)".format(*entry.preprocessing.input_size)
@@ -42,7 +43,7 @@ def render_card(entry: Entry, folder: Path) -> str:
         _front_matter(entry),
         f"# {entry.id}",
         entry.summary,
-        f"{what}, pretrained without labels by Correlational Image Modeling (Li, Xie, Loy, CVPR 2023).",
+        f"{what} Correlational Image Modeling (Li, Xie, Loy, CVPR 2023).",
         _list(facts),
         "## Use",
         f"```python\n{snippet(entry)}```",
