@@ -75,12 +75,12 @@ def peak(images, queries):
     assert accuracies[1] == 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
 
-print(peak(8192, 1024), peak(81920, 2048))
+print(peak(6144, 1024), peak(61440, 1024))
 """
 
 
 def test_memory_does_not_grow_with_the_gallery():
-    """Ten times the gallery, whose similarities with the queries alone would take 670 MB."""
+    """Ten times the gallery, whose similarities with the queries alone would take 250 MB."""
     pytest.importorskip("resource")
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     small, large = map(float, done.stdout.split())
