@@ -158,13 +158,22 @@ def _parse_run(arguments: list[str]) -> "PretrainConfig":
         """Pretrains an encoder with Correlational Image Modeling. Defaults are those of the recipe.
 
         Args:
-            data: A folder of images, searched recursively, or a text file with one path per line.
+            data: A folder of images, searched recursively, a text file with one path per line, a zip archive, tar
+                shards, Parquet files, or a saved Hugging Face dataset.
         """
         config.data.path = data
         return config
 
     config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(pretrain, prog="cim pretrain", args=arguments, config=config)
+    return tyro.cli(pretrain, prog="cim pretrain", args=_with_values(arguments), config=config)
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """Gives a bare `--resume` the value that it stands for; it also takes `auto`."""
+    following = [*arguments[1:], ""]
+    pairs = zip(arguments, following, strict=True)
+    bare = [name == "--resume" and value not in ("auto", "True", "False") for name, value in pairs]
+    return [word for name, add in zip(arguments, bare, strict=True) for word in ([name, "True"] if add else [name])]
 
 
 def verify(names: tuple[str, ...] = (), /) -> list[str]:

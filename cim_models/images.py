@@ -1,6 +1,7 @@
 """Files to RGB pictures: find images in a folder or a list, and read each as a person would see it."""
 
 import contextlib
+import io
 import logging
 import os
 import warnings
@@ -50,7 +51,7 @@ def find_images(source: str | Path) -> list[Path]:
     return paths
 
 
-def read_image(path: str | Path, min_size: int | None = None) -> Image.Image:
+def read_image(path: str | Path, min_size: int | None = None, content: bytes | None = None) -> Image.Image:
     """Reads the first frame of an image file as RGB, 8 bits per channel.
 
     The EXIF orientation is applied, transparency is laid over white, CMYK and palettes are converted and 16-bit grey
@@ -60,24 +61,42 @@ def read_image(path: str | Path, min_size: int | None = None) -> Image.Image:
         path: the file; its content decides the format, not its name.
         min_size: allows a JPEG to be decoded at 1/2, 1/4 or 1/8 of its size as long as both sides keep this many
             pixels; faster for photographs that will be shrunk anyway.
+        content: of the file, where it lies in an archive and `path` is but its name.
 
     Raises:
         DataError: `path: reason`, whatever keeps the file from being read: missing, empty, truncated, not an image, or
             more than PIXEL_LIMIT pixels.
     """
+    with _opened(path, min_size, content) as image:
+        image.load()
+        _turn_upright(image)
+        return _rgb(image)
+
+
+def decoded_size(path: str | Path, min_size: int | None = None, content: bytes | None = None) -> tuple[int, int]:
+    """Width and height of what `read_image` would decode, before it is turned upright, from the file's header alone.
+
+    Arguments and errors are those of `read_image`.
+    """
+    with _opened(path, min_size, content) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, min_size: int | None, content: bytes | None) -> Iterator[Image.Image]:
+    """Opens an image, not decoded yet; whatever happens to it is a DataError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path if content is None else io.BytesIO(content)) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise Image.DecompressionBombError
                 if min_size:
                     image.draft(None, (min_size, min_size))
-                image.load()
-                _turn_upright(image)
-                return _rgb(image)
+                yield image
     except Exception as error:
-        raise DataError(f"{os.fspath(path)}: {_reason(error, path)}") from error
+        empty = not content if content is not None else os.path.isfile(path) and not os.path.getsize(path)
+        raise DataError(f"{os.fspath(path)}: {_reason(error, empty)}") from error
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -135,12 +154,12 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return np.rint((values - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def _reason(error: Exception, empty: bool) -> str:
     """Says in a few words, on one line, why a file was not read."""
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {PIXEL_LIMIT / 1e6:.0f} million pixels; shrink it or leave it out"
     if isinstance(error, UnidentifiedImageError):
-        return "not an image" if os.path.getsize(path) else "empty file"
+        return "empty file" if empty else "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -13,7 +13,7 @@ from cim_models.errors import CheckpointError, WeightsError
 from cim_models.hub.card import LOG, RECIPE
 from cim_models.hub.store import Header, read_header
 
-LOCAL = ("out", "resume", "init", "log_every", "save_every", "tensorboard")
+LOCAL = ("out", "resume", "init", "log_every", "save_every", "save_minutes", "keep", "tensorboard")
 """Settings of a run that say nothing about its result; folders of the machine, among others."""
 METADATA = {"architecture", "model_args", "pretext", "images_seen"}
 

@@ -1,6 +1,8 @@
 """What a run keeps: `last.pt` to go on from, and its encoders as safetensors."""
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,25 @@ from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.state import load_state, save_state
 
-NOT_COMPARED = ("out", "resume", "log_every", "save_every", "tensorboard", "data.workers", "data.path")
+NOT_COMPARED = (
+    "out", "resume", "log_every", "save_every", "save_minutes", "keep", "tensorboard", "data.workers", "data.path",
+    "diagnostics.every",
+)  # fmt: skip
+"""Settings that may change between a run and its continuation."""
+BEFORE = {"diagnostics.held_out": 0}
+"""What checkpoints that do not know these settings were made with, where that was not the default."""
 
 
 def save(
     directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, step: int, steps: int, config: PretrainConfig
 ) -> None:
-    """Writes `last.pt`: plain data that `torch.load(weights_only=True)` reads."""
+    """Writes `last.pt`: plain data that `torch.load(weights_only=True)` reads.
+
+    With `config.keep` above 1 it stays as `step-….pt` after the next one; older ones are removed.
+
+    Raises:
+        CheckpointError: If it cannot be written; what was there before is kept.
+    """
     state = {
         "format": 1,
         "step": step,
@@ -32,6 +46,29 @@ def save(
         "config": to_dict(config),
     }
     save_state(state, directory / "last.pt")
+    if config.keep > 1:
+        _link(directory / "last.pt", directory / f"step-{step:08}.pt")
+        for path in [path for path in kept(directory) if _step(path) <= step][: -config.keep]:
+            path.unlink()
+
+
+def kept(directory: Path) -> list[Path]:
+    """The checkpoints that stay beside `last.pt`, oldest first."""
+    return sorted(directory.glob("step-" + 8 * "[0-9]" + ".pt"), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _link(path: Path, name: Path) -> None:
+    """Gives a file a second name, and a second body only where the file system has no such names."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        with replacing(name, CheckpointError) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int, config: PretrainConfig) -> int:
@@ -44,13 +81,19 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
         CheckpointError: If there is none, it cannot be read, or it is of another run.
     """
     path = directory / "last.pt"
-    state = load_state(path, "a pretraining run")
+    try:
+        state = load_state(path, "a pretraining run")
+    except CheckpointError as error:
+        older = "".join(f"; {other.name} is older, copy it there" for other in kept(directory)[-2:-1])
+        raise CheckpointError(f"{error}{older}") from error
     try:
         saved, step, total = state["config"], state["step"], state.get("steps", steps)
     except KeyError as error:
         raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: no {error}") from error
     now = _flat(to_dict(config))
-    before = {**_flat(to_dict(PretrainConfig())), **_flat(saved)}  # a field that is newer than the checkpoint was unset
+    before = {**_flat(to_dict(PretrainConfig())), **BEFORE, **_flat(saved)}  # a newer field was unset
+    for values in (now, before):
+        values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
     differences = [
         f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
         for name in sorted(now.keys() | before.keys())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ class DataConfig:
     """What is read, and how sources are cropped from it."""
 
     path: str = ""
-    """Folder of images, searched recursively, or a text file of paths."""
+    """Folder of images, text file of paths, zip archive, tar shards, Parquet files or a saved Hugging Face dataset."""
     size: int = 224
     """Side of a source in pixels."""
     crop_area: tuple[float, float] = (0.5, 1.0)
@@ -34,6 +35,21 @@ class DataConfig:
     """Probability of a horizontal flip of the source."""
     workers: int = 4
     """Reading processes; 0 reads in the training process."""
+    cache: Literal["none", "ram", "device"] = "none"
+    """ram: each picture is decoded once, the batches stay the same; device: all pictures are kept on the training
+    device as squares, and cropped there."""
+    cache_side: int = 0
+    """Side of the squares of the device cache; 0: the least that no crop is enlarged from."""
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What is found out about a run while it goes on."""
+
+    held_out: int = 512
+    """Images that are not trained on but diagnosed, at most a twentieth of all; 0 holds none out."""
+    every: int = 500
+    """Steps between diagnoses."""
 
 
 @dataclass
@@ -86,17 +102,22 @@ class PretrainConfig:
     """Of everything random."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the hardware multiplies it natively (GPUs, CPUs with AVX512-BF16)."""
-    resume: bool = False
-    """Go on from the run directory's last checkpoint."""
+    resume: bool | Literal["auto"] = False
+    """Go on from the run directory's last checkpoint; auto: if there is one, else start."""
     init: str = ""
     """Run directory whose encoders and head this run starts from: easy exemplars first, for one."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     save_every: int = 1000
     """Steps between checkpoints."""
+    save_minutes: float | None = 15.0
+    """Minutes after which a checkpoint is written in any case; None counts steps only."""
+    keep: int = 1
+    """Checkpoints that are kept: `last.pt`, and with more than one also the last ones as `step-….pt`."""
     tensorboard: bool = False
     """Also write the log as TensorBoard events."""
     data: DataConfig = field(default_factory=DataConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     pretext: PretextConfig = field(default_factory=PretextConfig)
@@ -115,7 +136,7 @@ class PretrainConfig:
             if not value[0] <= value[1]:
                 raise ConfigError(f"{name} is {value}; it must not fall")
         if not self.data.path:
-            raise ConfigError("data.path is empty; give a folder of images or a text file of paths")
+            raise ConfigError("data.path is empty; give a folder of images, a list of paths, an archive or a dataset")
         if not self.out:
             raise ConfigError("out is empty; give a run directory (--out DIR)")
 
@@ -127,13 +148,13 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "data.size data.crop_area data.crop_ratio backbone.img_size views.context_size views.exemplars.count "
         "views.exemplars.size views.exemplars.area views.exemplars.ratio views.colour.sigma pretext.head_width "
         "pretext.head_heads pretext.global_hidden pretext.global_temperature optimiser.accumulation optimiser.epochs "
-        "optimiser.lr log_every save_every",
+        "optimiser.lr log_every save_every keep diagnostics.every",
     ),
     (
         "0 or more",
         lambda x: 0 <= x < math.inf,
-        "data.workers views.colour.brightness views.colour.contrast views.colour.saturation "
-        "pretext.correlation_weight pretext.global_weight optimiser.warmup_epochs optimiser.min_lr "
+        "data.workers data.cache_side diagnostics.held_out views.colour.brightness views.colour.contrast "
+        "views.colour.saturation pretext.correlation_weight pretext.global_weight optimiser.warmup_epochs optimiser.min_lr "
         "optimiser.weight_decay",
     ),
     (
@@ -146,7 +167,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("from -360 to 360 degrees", lambda x: abs(x) <= 360, "views.exemplars.angle"),
     ("from 0 to half a turn", lambda x: 0 <= x <= 0.5, "views.colour.hue"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
-    ("greater than 0, or None", lambda x: x is None or 0 < x < math.inf, "optimiser.clip"),
+    ("greater than 0, or None", lambda x: x is None or 0 < x < math.inf, "optimiser.clip save_minutes"),
     ("2 or more: images are compared with each other", lambda x: x >= 2, "optimiser.batch_size"),
 )
 """What each number of a configuration may be."""
@@ -215,6 +236,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         fits = False
     elif type(None) in options:
         return None if value is None else _convert(options[0], value, where)
+    elif origin in (typing.Union, types.UnionType):
+        for option in options:
+            try:
+                return _convert(option, value, where)
+            except ConfigError:
+                continue
+        fits = False
     elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as a string
             return float(value)
@@ -223,6 +251,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     else:
         fits = type(value) is kind
     if not fits:
-        name = f"one of {', '.join(options)}" if origin is Literal else str(kind) if options else kind.__name__
-        raise ConfigError(f"{where}: {value!r} is not {name}")
+        raise ConfigError(f"{where}: {value!r} is not {_name(kind)}")
     return value
+
+
+def _name(kind: Any) -> str:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return f"one of {', '.join(options)}" if len(options) > 1 else options[0]
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_name, options))
+    return str(kind) if options else kind.__name__

@@ -1,13 +1,15 @@
-"""The reader: image files to batches of uint8 sources and of the random numbers that the views are made from.
+"""The reader: pictures to batches of uint8 sources and of the random numbers that the views are made from.
 
 All randomness of a sample is a function of (seed, epoch, index) and the order of an epoch one of (seed, epoch): neither
 depends on the number of workers or processes, and a run resumes at any step without reading what came before.
 """
 
+import copy
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.images import read_image
+from cim_models.pretraining.readers import Records, read_record
 
 REPLACEMENTS = 100
 CROP_TRIES = 10
+GRACE = 30
+"""Seconds that a reader goes on after SIGTERM, which schedulers send to all processes: one of them has to save."""
 _ORDER, _CROP, _VIEWS, _REPLACEMENT = range(4)
+
+logger = logging.getLogger(__name__)
 
 
 def generator(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Generator:
@@ -30,10 +36,10 @@ def generator(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.G
 
 
 class Pictures(Dataset[dict[str, Any]]):
-    """Samples of image files: a random resized crop of each, and uniforms for its exemplars.
+    """Samples of pictures: a random resized crop of each, and uniforms for its exemplars.
 
     Args:
-        paths: image files.
+        records: pictures.
         size: side of the sources, in pixels.
         crop_area: range of the crop's area as a fraction of the picture, drawn uniformly.
         crop_ratio: range of its width over its height, drawn log-uniformly.
@@ -45,7 +51,7 @@ class Pictures(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        paths: Sequence[str | Path],
+        records: Records,
         size: int,
         crop_area: tuple[float, float] = (0.5, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -55,17 +61,17 @@ class Pictures(Dataset[dict[str, Any]]):
         draws: int,
         seed: int,
     ):
-        # One array of bytes, because worker processes would copy a million Python strings page by page.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.records = records
+        self.decode: Callable[[int], Any] = self._decode
+        """Gives a picture that `source` crops; a cache takes its place."""
+        self.start_method: str | None = None
+        """Of reading processes; None: the system's own."""
         self.size, self.crop_area, self.crop_ratio, self.flip = size, crop_area, crop_ratio, flip
         self.exemplars, self.draws, self.seed = exemplars, draws, seed
         self.min_size = math.ceil(size / math.sqrt(crop_area[0] * min(crop_ratio[0], 1 / crop_ratio[1])))
 
     def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, index: int) -> str:
-        return os.fsdecode(bytes(self.paths[index]))
+        return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         """Returns the sample of `key` = (epoch, index).
@@ -85,39 +91,46 @@ class Pictures(Dataset[dict[str, Any]]):
         picture, failed = self._read(epoch, index)
         uniforms = generator(self.seed, epoch, _VIEWS, index).random((self.exemplars, self.draws), dtype=np.float32)
         return {
-            "source": self._crop(picture, generator(self.seed, epoch, _CROP, index).random(2 * CROP_TRIES + 3)),
+            **self.source(picture, generator(self.seed, epoch, _CROP, index).random(2 * CROP_TRIES + 3)),
             "uniforms": torch.from_numpy(uniforms),
             "index": index,
             "failed": failed,
         }
 
-    def _read(self, epoch: int, index: int) -> tuple[Image.Image, list[str]]:
+    def _decode(self, index: int) -> Image.Image:
+        return read_record(self.records, index, self.min_size)
+
+    def _read(self, epoch: int, index: int) -> tuple[Any, list[str]]:
         failed: list[str] = []
         try:
-            return read_image(self.path(index), self.min_size), failed
+            return self.decode(index), failed
         except DataError as error:
             failed.append(str(error))
         others = generator(self.seed, epoch, _REPLACEMENT, index).integers(len(self), size=REPLACEMENTS)
         for other in dict.fromkeys(others.tolist()):
             if other != index:
                 try:
-                    return read_image(self.path(other), self.min_size), failed
+                    return self.decode(other), failed
                 except DataError as error:
                     failed.append(str(error))
         raise DataError(
             f"none readable of {len(failed)} images tried (of {len(self)}); check the files. The first: {failed[0]}"
         )
 
-    def _crop(self, picture: Image.Image, uniforms: np.ndarray) -> torch.Tensor:
-        """Resamples a random crop (bicubic, anti-aliased) to uint8 (3, size, size)."""
-        left, top, width, height = self._box(picture.width, picture.height, uniforms)
+    def source(self, picture: Any, uniforms: np.ndarray) -> dict[str, torch.Tensor]:
+        """Resamples a random crop (bicubic, anti-aliased) to a source of uint8 (3, size, size)."""
+        left, top, width, height = self.box(picture.width, picture.height, uniforms)
         box = (left, top, left + width, top + height)
         source = np.asarray(picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
         if uniforms[-1] < self.flip:
             source = source[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(source.transpose(2, 0, 1)))
+        return {"source": torch.from_numpy(np.ascontiguousarray(source.transpose(2, 0, 1)))}
 
-    def _box(self, width: int, height: int, uniforms: np.ndarray) -> tuple[int, int, int, int]:
+    def sources(self, batch: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """The sources of a batch on a device: uint8 (B, 3, size, size)."""
+        return batch["source"].to(device, non_blocking=True)
+
+    def box(self, width: int, height: int, uniforms: np.ndarray) -> tuple[int, int, int, int]:
         """Returns left, top, width, height of a crop: the first of 10 draws that fits, else the largest central one."""
         area, ratio = uniforms[: 2 * CROP_TRIES].reshape(2, CROP_TRIES)
         area = width * height * (self.crop_area[0] + area * (self.crop_area[1] - self.crop_area[0]))
@@ -240,21 +253,53 @@ def loader(pictures: Pictures, batches: GlobalBatches, workers: int) -> DataLoad
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_one_thread,
-        persistent_workers=workers > 0,
+        worker_init_fn=start_worker,
+        multiprocessing_context=pictures.start_method if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "source": torch.stack([sample["source"] for sample in samples]),
-        "uniforms": torch.stack([sample["uniforms"] for sample in samples]),
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "failed": [failure for sample in samples for failure in sample["failed"]],
-    }
+def batch_of(pictures: Pictures, batches: GlobalBatches, step: int) -> dict[str, Any]:
+    """The batch of one step, read again, with its sources."""
+    again = copy.copy(batches)
+    again.start_step, again.total_steps = step, step + 1
+    batch = next(iter(loader(pictures, again, 0)))
+    return {**batch, "source": pictures.sources(batch, torch.device("cpu"))}
 
 
-def _one_thread(worker: int) -> None:
+def in_order(pictures: Pictures, workers: int) -> Iterator[dict[str, Any]]:
+    """Samples of epoch 0, one by one, in the order of the pictures."""
+    keys: Any = [(0, index) for index in range(len(pictures))]
+    yield from DataLoader(
+        pictures, sampler=keys, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
+        generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def usable_workers(wanted: int) -> int:
+    """No more readers than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if wanted > cores:
+        logger.info("data.workers is %d, but there are %d cores: reading with as many", wanted, cores)
+    return min(wanted, cores)
+
+
+def start_worker(worker: int) -> None:
+    """A reader has one thread, and leaves it to the training process to end it after a signal that both of them got."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stacks tensors, and joins the lists of what failed."""
+    batch: dict[str, Any] = {
+        name: torch.stack([sample[name] for sample in samples])
+        for name, value in samples[0].items()
+        if isinstance(value, torch.Tensor)
+    }
+    batch["index"] = torch.tensor([sample["index"] for sample in samples])
+    batch["failed"] = [failure for sample in samples for failure in sample["failed"]]
+    return batch

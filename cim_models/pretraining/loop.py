@@ -1,15 +1,13 @@
 """The whole run: images in, a pretrained encoder out."""
 
-import json
 import logging
-import os
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from timm.layers import DropPath
@@ -20,7 +18,6 @@ from tqdm import tqdm
 from cim_models import backbones
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.files import replacing
-from cim_models.images import find_images
 from cim_models.plots import correlation_sheet
 from cim_models.precision import fast_bf16
 from cim_models.pretext import views as views_module
@@ -28,21 +25,26 @@ from cim_models.pretext.measures import location_prior
 from cim_models.pretext.model import CIM
 from cim_models.pretext.views import Views, denormalise, make_views
 from cim_models.pretraining import checkpoint, schedules
-from cim_models.pretraining.config import PretrainConfig, to_dict
-from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, loader
-from cim_models.pretraining.diagnostics import diagnose
-from cim_models.state import save_state
+from cim_models.pretraining.cache import OnDevice, SharedMemory
+from cim_models.pretraining.config import PretrainConfig
+from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader, usable_workers
+from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
+from cim_models.pretraining.log import Log
+from cim_models.pretraining.nonfinite import check_finite
+from cim_models.pretraining.readers import Records, Subset, open_records
+from cim_models.pretraining.savepoints import SavePoints
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     """Pretrains an encoder with CIM.
 
     Runs unchanged on one CPU, one GPU, or under `accelerate launch` / `torchrun`.
 
     Args:
         config: The run; see `cim_models.pretraining.config.load_recipe`.
+        probe: Called with the model at every diagnosis (`diagnostics.every`); its numbers go into the log.
 
     Returns:
         The run directory: `config.yaml`, `log.jsonl`, `samples.png`, `last.pt`, `online.safetensors`,
@@ -55,7 +57,9 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     config.check()
     directory = Path(config.out)
-    if not config.resume and (directory / "last.pt").exists():
+    there = (directory / "last.pt").exists()
+    resume = there if config.resume == "auto" else config.resume
+    if there and not resume:
         raise ConfigError(f"{directory} holds a run; give --resume to go on with it, or another --out")
 
     # One process of the run, its images, and how many steps they make
@@ -65,19 +69,17 @@ def pretrain(config: PretrainConfig) -> Path:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
     rank, processes, optim = accelerator.process_index, accelerator.num_processes, config.optimiser
-    paths = find_images(config.data.path)
-    pictures = Pictures(
-        paths, config.data.size, config.data.crop_area, config.data.crop_ratio, config.data.flip,
-        exemplars=config.views.exemplars.count, draws=views_module.DRAWS, seed=config.seed,
-    )  # fmt: skip
-    batches = GlobalBatches(len(paths), optim.batch_size, config.seed, rank, processes, total_steps=0)
+    records = open_records(config.data.path)
+    trained_on, held_out = hold_out(len(records), config.diagnostics.held_out, config.seed)
+    pictures = pictures_of(config, Subset(records, trained_on))
+    batches = GlobalBatches(len(pictures), optim.batch_size, config.seed, rank, processes, total_steps=0)
     global_batch = optim.batch_size * optim.accumulation * processes
     steps_per_epoch = batches.steps_per_epoch / optim.accumulation
     steps, warmup = round(optim.epochs * steps_per_epoch), round(optim.warmup_epochs * steps_per_epoch)
     if steps_per_epoch < 1 or steps < 1:
         raise ConfigError(
             f"a step takes {global_batch} images (batch_size × accumulation × processes), too many for "
-            f"{optim.epochs} epochs of {len(paths)}; lower optimiser.accumulation or raise optimiser.epochs"
+            f"{optim.epochs} epochs of {len(pictures)}; lower optimiser.accumulation or raise optimiser.epochs"
         )
     if warmup > steps:
         raise ConfigError(
@@ -89,7 +91,7 @@ def pretrain(config: PretrainConfig) -> Path:
     torch.manual_seed(config.seed)
     prior = location_prior(config.views, config.data.size)
     cim = build(config, prior.log_odds)
-    if config.init and not config.resume:
+    if config.init and not resume:
         checkpoint.start_from(Path(config.init), cim)
     if processes > 1 and accelerator.device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
@@ -97,56 +99,58 @@ def pretrain(config: PretrainConfig) -> Path:
     model, optimiser = accelerator.prepare(cim, optimiser)
     cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
     trained = [p for p in cim.parameters() if p.requires_grad]
-    start = checkpoint.load(directory, cim, optimiser, steps, config) if config.resume else 0
+    start = checkpoint.load(directory, cim, optimiser, steps, config) if resume else 0
 
     # What goes in and what is written down
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if config.data.workers > cores:
-        logger.info("data.workers is %d, but there are %d cores: reading with as many", config.data.workers, cores)
+    workers = usable_workers(config.data.workers)
     batches.start_step, batches.total_steps = start * optim.accumulation, steps * optim.accumulation
-    stream = iter(loader(pictures, batches, min(config.data.workers, cores)))
+    if config.data.cache == "ram":
+        SharedMemory.of(pictures, workers, accelerator.num_processes)
+    elif config.data.cache == "device":
+        pictures = OnDevice(pictures, config.data.cache_side or pictures.min_size, workers, accelerator.device)
+    stream: Any = iter(loader(pictures, batches, workers))
     scale = global_batch / 256
     prior_loss = prior.loss * (config.views.exemplars.count if config.pretext.reduction == "sum" else 1)
     main = accelerator.is_main_process
     log = Log(directory, config, start, enabled=main)
-    unreadable = Unreadable(len(paths))
+    unreadable = Unreadable(len(pictures))
     unreadable.add(log.skipped)
+    untrained = pictures_of(config, Subset(records, held_out))
+    diagnosis = HeldOut(untrained, config, prior, accelerator.device, warmup, probe)
     losses: list[Tensor] = []
+    norms: list[Tensor] = []
     failed: list[str] = []
     waited, clock = 0.0, time.perf_counter()
 
-    with closing(log), tqdm(total=steps, initial=start, unit_scale=global_batch, unit="img", disable=not main) as bar:
+    points = SavePoints(config, steps, rank, processes)
+    bar = tqdm(total=steps, initial=start, unit_scale=global_batch, unit="img", disable=not main)
+    with closing(log), closing(bar), closing(stream), points:
         for step in range(start, steps):
             done = step + 1
-            saves = done % config.save_every == 0 or done == steps
             lr = schedules.learning_rate(step, steps, warmup, optim.lr * scale, optim.min_lr * scale)
             momentum = schedules.momentum(step, steps, optim.momentum)
             torch.manual_seed(config.seed + (step * processes + rank) * 1_000_003)
             for group in optimiser.param_groups:
                 group["lr"] = lr
 
-            read: list[dict[str, Any]] = []
             for micro in range(optim.accumulation):
                 before = time.perf_counter()
-                read.append(batch := next(stream))
+                batch = next(stream)
                 waited += time.perf_counter() - before
                 failed += batch["failed"]
-                source, uniforms = (
-                    batch[name].to(accelerator.device, non_blocking=True) for name in ("source", "uniforms")
-                )
-                views = make_views(source, uniforms, config.views)
+                source = pictures.sources(batch, accelerator.device)
+                views = make_views(source, batch["uniforms"].to(source.device, non_blocking=True), config.views)
                 last = micro == optim.accumulation - 1
                 with nullcontext() if last else accelerator.no_sync(model), autocast:
                     output = model(*views)
                 accelerator.backward(output.loss / optim.accumulation)
                 losses.append(output.loss.detach())
 
-            grad_norm = accelerator.clip_grad_norm_(trained, optim.clip or float("inf"))
-            newest = torch.stack([*losses[-optim.accumulation :], grad_norm])
-            if not newest.isfinite().all():
-                raise ConfigError(_stop_at(directory, done, rank, read, config, newest))
+            norms.append(accelerator.clip_grad_norm_(trained, optim.clip or float("inf")))
 
+            saves = points.reached(done)
             if saves or done % config.log_every == 0:
+                check_finite(losses, norms, done, rank, partial(batch_of, pictures, batches), directory, config)
                 for failure in unreadable.add(gather_object(failed)):
                     if main:
                         logger.warning("skipped %s", failure)
@@ -158,13 +162,13 @@ def pretrain(config: PretrainConfig) -> Path:
                 log.write({
                     "step": done, "steps": steps, "epoch": round(done / steps_per_epoch, 4),
                     "images_seen": done * global_batch, **dict(zip(numbers, mean, strict=True)),
-                    "prior_loss": prior_loss, "lr": lr, "momentum": momentum, "grad_norm": float(grad_norm),
+                    "prior_loss": prior_loss, "lr": lr, "momentum": momentum, "grad_norm": float(norms[-1]),
                     "images_per_second": len(losses) * optim.batch_size * processes / elapsed,
                     "data_wait": waited / elapsed, "unreadable": len(unreadable),
                 })  # fmt: skip
                 bar.set_postfix(loss=f"{mean[0]:.3f}", prior=f"{prior_loss:.3f}", gap=f"{mean[1]:.3f}")
-                losses.clear()
-                failed.clear()
+                for values in (losses, norms, failed):
+                    values.clear()
                 waited, clock = 0.0, time.perf_counter()
 
             optimiser.step()
@@ -172,17 +176,33 @@ def pretrain(config: PretrainConfig) -> Path:
             cim.update_target(momentum)
             bar.update()
 
+            if main and diagnosis.due(done, steps):
+                with autocast:
+                    log.write(diagnosis(cim, done))
             if saves and main:
-                checkpoint.save(directory, cim, optimiser, done, steps, config)
-                checkpoint.export(directory, cim, config, done, done * global_batch)
-                sheet = draw_samples(views, output.logits)
-                with replacing(directory / "samples.png", CheckpointError) as file:
-                    sheet.save(file, format="png")
+                try:
+                    checkpoint.save(directory, cim, optimiser, done, steps, config)
+                    checkpoint.export(directory, cim, config, done, done * global_batch)
+                    save_samples(directory, views, output.logits)
+                except CheckpointError as error:  # a full disk may have room at the next save, but there is no next one
+                    if done == steps or points.received:
+                        raise
+                    logger.warning("%s; the run goes on, the checkpoint before is valid", error)
             if saves:
                 accelerator.wait_for_everyone()
+                points.end_if_asked()
 
     accelerator.end_training()
     return directory
+
+
+def pictures_of(config: PretrainConfig, records: Records) -> Pictures:
+    """The samples of a run's records."""
+    data, exemplars = config.data, config.views.exemplars
+    return Pictures(
+        records, data.size, data.crop_area, data.crop_ratio, data.flip, exemplars=exemplars.count,
+        draws=views_module.DRAWS, seed=config.seed,
+    )  # fmt: skip
 
 
 def build(config: PretrainConfig, log_odds: float) -> CIM:
@@ -215,81 +235,14 @@ def build(config: PretrainConfig, log_odds: float) -> CIM:
     return cim
 
 
-def draw_samples(views: Views, logits: Tensor, images: int = 6, exemplars: int = 3) -> Any:
-    """A sheet of contexts, exemplars, true and predicted maps of the first images of a batch."""
+def save_samples(directory: Path, views: Views, logits: Tensor, images: int = 6, exemplars: int = 3) -> None:
+    """Writes `samples.png`: contexts, exemplars, true and predicted maps of the first images of a batch."""
     context, cut, maps = (x[:images].detach().float().cpu() for x in views)
-    return correlation_sheet(
+    sheet = correlation_sheet(
         denormalise(context).clamp(0, 1),
         denormalise(cut[:, :exemplars]).clamp(0, 1),
         maps[:, :exemplars] > 0.5,
         logits[:images, :exemplars].detach().float().sigmoid().cpu(),
     )
-
-
-class Log:
-    """`log.jsonl`, one JSON object per line, and TensorBoard events where they are asked for.
-
-    A run that goes on keeps the lines up to its checkpoint; `skipped` holds the unreadable images that they name.
-    """
-
-    def __init__(self, directory: Path, config: PretrainConfig, start: int, enabled: bool) -> None:
-        self.path, self.enabled, self.events = directory / "log.jsonl", enabled, None
-        lines = self.path.read_bytes().splitlines(keepends=True) if start and self.path.is_file() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= start]
-        self.skipped = [record["skipped"] for record in map(json.loads, kept) if "skipped" in record]
-        if not enabled:
-            return
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"out is {directory}, where no folder can be made: {error.strerror}") from error
-        text = yaml.safe_dump(to_dict(config), sort_keys=False)
-        with replacing(directory / "config.yaml", CheckpointError) as file:
-            file.write_text(text, encoding="utf-8")
-        with replacing(self.path, CheckpointError) as file:
-            file.write_bytes(b"".join(kept))
-        if config.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ConfigError("tensorboard is not installed: pip install 'cim-models[tensorboard]'") from error
-            self.events = SummaryWriter(str(directory), purge_step=start)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Appends one record."""
-        if self.enabled:  # names of files need not be Unicode: what UTF-8 cannot write becomes a JSON escape
-            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        if self.events is not None:
-            for name, value in record.items():
-                if isinstance(value, (int, float)):
-                    self.events.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        """Flushes the events."""
-        if self.events is not None:
-            self.events.close()
-
-
-def _stop_at(
-    directory: Path, step: int, rank: int, read: list[dict[str, Any]], config: PretrainConfig, values: Tensor
-) -> str:
-    """Saves the first batch of a step whose loss is not finite, and says what to do.
-
-    Args:
-        directory: Of the run.
-        step: Counted from 1, as in the log.
-        rank: This process.
-        read: The batches of the step.
-        config: The run's.
-        values: Their losses, and the norm of the gradient.
-    """
-    bad = int((~values.isfinite()).int().argmax())
-    name = "loss" if bad < len(read) else "norm of the gradient"
-    path = directory / f"nonfinite-step{step}-rank{rank}.pt"
-    kept = {"step": step, "losses": values[:-1].tolist(), "grad_norm": float(values[-1]), "config": to_dict(config)}
-    save_state({**kept, **read[min(bad, len(read) - 1)]}, path)
-    return (
-        f"the {name} is {float(values[bad])} at step {step}: the batch is saved as {path}, and last.pt beside it, if "
-        "there is one, is the last good checkpoint; try a lower optimiser.lr, a longer warm-up or optimiser.clip"
-    )
+    with replacing(directory / "samples.png", CheckpointError) as file:
+        sheet.save(file, format="png")

@@ -14,6 +14,7 @@ SMALL = {
     "model": "cim_vit_tiny",
     "log_every": 1,
     "data": {"size": 64, "workers": 0},
+    "diagnostics": {"held_out": 0},
     "backbone": {"img_size": 64},
     "views": {"context_size": 64, "exemplars": {"count": 2, "size": 32}},
     "pretext": {"head_width": 96, "head_heads": 3, "freeze_patch_embed": False},

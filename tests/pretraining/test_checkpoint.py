@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import export, load, save, start_from
+from cim_models.pretraining.checkpoint import export, kept, load, save, start_from
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.state import save_state
 
@@ -220,3 +221,31 @@ def test_an_exported_resnet_is_timms(tmp_path):
     stock.load_state_dict(saved, strict=True)
     assert_same(stock.state_dict(), saved)
     assert sorted(os.listdir(tmp_path)) == ["head.safetensors", "online.safetensors"]
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    cim, optimiser = build()
+    config = PretrainConfig(keep=2)
+    (tmp_path / "step-mine.pt").write_text("not a checkpoint of ours")
+    for step in (5, 10, 15):
+        save(tmp_path, cim, optimiser, step, 20, config)
+    assert [path.name for path in kept(tmp_path)] == ["step-00000010.pt", "step-00000015.pt"]
+    assert torch.load(tmp_path / "step-00000010.pt", weights_only=True)["step"] == 10
+    (tmp_path / "last.pt").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="step-00000010.pt is older, copy it there"):
+        load(tmp_path, cim, optimiser, 20, config)
+    shutil.copy(tmp_path / "step-00000010.pt", tmp_path / "last.pt")
+    assert load(tmp_path, cim, optimiser, 20, config) == 10
+    save(tmp_path, cim, optimiser, 11, 20, config)  # what lay ahead is not removed
+    assert [path.name[-5:] for path in kept(tmp_path)] == ["10.pt", "11.pt", "15.pt"]
+
+
+def test_checkpoints_are_kept_where_files_have_one_name(tmp_path, monkeypatch):
+    def no_links(*arguments):
+        raise PermissionError("not on this file system")
+
+    monkeypatch.setattr(os, "link", no_links)
+    cim, optimiser = build()
+    save(tmp_path, cim, optimiser, 5, 20, PretrainConfig(keep=2))
+    assert (tmp_path / "step-00000005.pt").read_bytes() == (tmp_path / "last.pt").read_bytes()
+    assert len(os.listdir(tmp_path)) == 2

@@ -42,7 +42,7 @@ def test_the_defaults_of_two_configurations_are_their_own():
         ("seed: '1'", "r.yaml: seed: '1' is not int"),
         ("seed: 1.0", "r.yaml: seed: 1.0 is not int"),
         ("seed: true", "r.yaml: seed: True is not int"),
-        ("resume: 1", "r.yaml: resume: 1 is not bool"),
+        ("resume: 1", "r.yaml: resume: 1 is not bool or auto"),
         ("model: 5", "r.yaml: model: 5 is not str"),
         ("precision: fp16", "r.yaml: precision: 'fp16' is not one of auto, fp32, bf16"),
         ("pretext: {reduction: [mean]}", r"r.yaml: pretext: reduction: \['mean'\] is not one of mean, sum"),
@@ -108,6 +108,8 @@ WRONG = {
     "seed": -1,
     "log_every": 0,
     "save_every": 0,
+    "save_minutes": 0.0,
+    "keep": 0,
 }
 
 

@@ -9,6 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import find_images
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, generator, loader
+from cim_models.pretraining.readers import Files
 
 DRAWS = 7
 # torch warns where there are more workers than cores.
@@ -28,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def pictures(folder, size=16, seed=5, **options) -> Pictures:
-    return Pictures(find_images(folder), size, exemplars=3, draws=DRAWS, seed=seed, **options)
+    return Pictures(Files(find_images(folder)), size, exemplars=3, draws=DRAWS, seed=seed, **options)
 
 
 def assert_same(left, right):
@@ -144,7 +145,7 @@ def crops(tmp_path, **options) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     """Area, ratio, relative position and flip of 800 crops of a picture whose red and green are x and y."""
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     Image.fromarray(np.stack([x, y, x], -1)).save(tmp_path / "a.png")
-    samples = Pictures([tmp_path / "a.png"], 32, exemplars=1, draws=1, seed=0, **options)
+    samples = Pictures(Files([tmp_path / "a.png"]), 32, exemplars=1, draws=1, seed=0, **options)
     sources = torch.stack([samples[epoch, 0]["source"] for epoch in range(800)]).double().numpy()
     across, down = sources[:, 0].mean(1), sources[:, 1].mean(2)
     width, height = (abs(edge[:, 27] - edge[:, 4]) * 32 / 23 for edge in (across, down))
@@ -176,7 +177,7 @@ def test_fixed_crops(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (2000, 4), (4, 2000), (1, 300)])
 def test_extreme_shapes_are_cropped(tmp_path, size):
     Image.new("RGB", size, (200, 30, 60)).save(tmp_path / "a.png")
-    source = Pictures([tmp_path / "a.png"], 16, exemplars=1, draws=1, seed=0)[0, 0]["source"]
+    source = Pictures(Files([tmp_path / "a.png"]), 16, exemplars=1, draws=1, seed=0)[0, 0]["source"]
     assert (source == torch.tensor([200, 30, 60])[:, None, None]).all()
 
 
@@ -184,7 +185,7 @@ def test_large_photographs_decoded_smaller_look_the_same(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((1400, 1000)).save(tmp_path / "a.jpg")
     Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
-    both = [Pictures([tmp_path / name], 64, exemplars=1, draws=1, seed=0) for name in ("a.jpg", "a.png")]
+    both = [Pictures(Files([tmp_path / name]), 64, exemplars=1, draws=1, seed=0) for name in ("a.jpg", "a.png")]
     for epoch in range(5):
         shrunk, whole = (samples[epoch, 0]["source"].double() for samples in both)
         assert (shrunk - whole).abs().mean() < 4

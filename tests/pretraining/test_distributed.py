@@ -104,7 +104,7 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure):
     (images / bad).write_text("not an image")  # the second step of the second process
     changes = dict(
         optimiser__accumulation=2, optimiser__epochs=3 / 25, optimiser__warmup_epochs=0.0, optimiser__lr=0.01,
-        optimiser__clip=None, optimiser__betas=(0.0, 0.95), pretext__freeze_patch_embed=True,
+        optimiser__clip=None, optimiser__betas=(0.0, 0.95), pretext__freeze_patch_embed=True, precision="fp32",
     )  # fmt: skip
 
     one, two = (configure(images, out / name, **changes) for name in ("one", "two"))

@@ -31,6 +31,7 @@ from cim_models.pretraining import loop, schedules
 from cim_models.pretraining.config import PretrainConfig, load_recipe, to_dict
 from cim_models.pretraining.data import GlobalBatches, Pictures, loader
 from cim_models.pretraining.loop import build, pretrain
+from cim_models.pretraining.readers import Files
 
 TIMES = {"images_per_second", "data_wait"}
 NUMBERS = {
@@ -275,7 +276,7 @@ def gap_on(config) -> float:
     cim = build(config, 0.0)
     cim.load_state_dict(torch.load(Path(config.out) / "last.pt", weights_only=True)["model"])
     pictures = Pictures(
-        sorted(Path(config.data.path).rglob("*.*")), 64, (1.0, 1.0), (1.0, 1.0), 0.0, exemplars=2,
+        Files(sorted(Path(config.data.path).rglob("*.*"))), 64, (1.0, 1.0), (1.0, 1.0), 0.0, exemplars=2,
         draws=views_module.DRAWS, seed=99,
     )  # fmt: skip
     gaps = []
@@ -322,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(photographs, configure, out):
     saved = torch.load(out / "nonfinite-step2-rank0.pt", weights_only=True)
     assert saved["step"] == 2 and saved["config"] == to_dict(config)
     assert len(saved["losses"]) == 1 and not np.isfinite(saved["losses"][0])
-    pictures = Pictures(sorted(images.iterdir()), 64, exemplars=2, draws=views_module.DRAWS, seed=0)
+    pictures = Pictures(Files(sorted(images.iterdir())), 64, exemplars=2, draws=views_module.DRAWS, seed=0)
     second = list(loader(pictures, GlobalBatches(12, 4, seed=0, total_steps=2), 0))[1]
     assert torch.equal(saved["index"], second["index"]) and torch.equal(saved["source"], second["source"])
     assert torch.equal(saved["uniforms"], second["uniforms"])

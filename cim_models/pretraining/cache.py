@@ -1,0 +1,223 @@
+"""Pictures that are decoded once: in memory that the readers share, or on the training device."""
+
+import mmap
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import roi_align
+from tqdm import tqdm
+
+from cim_models.errors import ConfigError, DataError
+from cim_models.images import decoded_size
+from cim_models.pretraining.data import Pictures, start_worker
+from cim_models.pretraining.readers import Records, read_record
+
+SPARE = 0.1
+"""Share of the free memory that a cache leaves."""
+
+
+class SharedMemory:
+    """Decoded pictures in memory that reading processes share, each there from its first reading on.
+
+    Args:
+        records: Pictures.
+        min_size: At which they are decoded, see `cim_models.images.read_image`.
+        workers: Processes that read the headers, for the sizes.
+        processes: Training processes of this machine; each has a cache of its own.
+
+    Raises:
+        ConfigError: If they will not fit, or processes cannot share memory here.
+    """
+
+    def __init__(self, records: Records, min_size: int, workers: int = 0, processes: int = 1) -> None:
+        if "fork" not in multiprocessing.get_all_start_methods() and workers:
+            raise ConfigError("data.cache is ram, which needs forked readers here; give data.workers 0")
+        sizes = _each(_Sizes(records, min_size), workers, "sizes")
+        self.ends = np.cumsum([0, *(3 * width * height for width, height in sizes)])
+        total = int(self.ends[-1])
+        check_room(total * processes, free_memory(), f"data.cache is ram: {len(records)} decoded pictures")
+        self.records, self.min_size, self.lock = records, min_size, multiprocessing.Lock()
+        self.pixels = np.frombuffer(mmap.mmap(-1, max(total, 1)), np.uint8)
+        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(records)), np.int32).reshape(-1, 2)
+        """Height and width of each picture that is there, 0 of the others."""
+
+    @classmethod
+    def of(cls, pictures: Pictures, workers: int, processes: int) -> None:
+        """Lets pictures be read from a cache."""
+        pictures.decode = cls(pictures.records, pictures.min_size, workers, processes)
+        pictures.start_method = "fork"
+
+    def __call__(self, index: int) -> Image.Image:
+        """The picture, as `read_record` gives it.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        place = self.pixels[self.ends[index] : self.ends[index + 1]]
+        with self.lock:
+            height, width = self.shapes[index].tolist()
+        if height:
+            return Image.fromarray(place.reshape(height, width, 3))
+        picture = read_record(self.records, index, self.min_size)
+        if picture.width * picture.height * 3 == len(place):
+            place[:] = np.asarray(picture).reshape(-1)
+            with self.lock:  # after the pixels, on any processor
+                self.shapes[index] = picture.height, picture.width
+        return picture
+
+
+class _Place(NamedTuple):
+    """Where a picture is stored, and its own size."""
+
+    row: int
+    width: int
+    height: int
+
+
+class OnDevice(Pictures):
+    """Pictures that all lie on the device, stretched to squares; crop and flip are made there, a batch at a time.
+
+    Crops are those of `Pictures`, bilinear averages from the squares. What is read is small: where to crop.
+
+    Args:
+        pictures: Whose samples these are.
+        side: Of the squares.
+        workers: Processes that decode.
+        device: Where they are kept.
+
+    Raises:
+        ConfigError: If they will not fit there.
+    """
+
+    def __init__(self, pictures: Pictures, side: int, workers: int, device: torch.device) -> None:
+        vars(self).update(vars(pictures))
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        what = f"data.cache is device: {len(pictures)} pictures of {side} × {side}"
+        check_room(3 * side * side * len(pictures), room, what)
+        self.squares = torch.empty(len(pictures), 3, side, side, dtype=torch.uint8, device=device)
+        self.sizes = np.zeros((len(pictures), 2), np.int64)
+        self.unreadable: dict[int, str] = {}
+        for index, found in enumerate(_each(_Squares(pictures, side), workers, "pictures to the device")):
+            if isinstance(found, str):
+                self.unreadable[index] = found
+            else:
+                self.squares[index] = found[0].to(device)
+                self.sizes[index] = found[1]
+        self.decode = self._place
+
+    def _place(self, index: int) -> Any:
+        if index in self.unreadable:
+            raise DataError(self.unreadable[index])
+        return _Place(index, *self.sizes[index].tolist())
+
+    def source(self, picture: Any, uniforms: np.ndarray) -> dict[str, Tensor]:
+        """Where to crop: `row` of the squares, `box` (4,) left, top, right, bottom in their pixels, `flip`."""
+        left, top, width, height = self.box(picture.width, picture.height, uniforms)
+        across, down = (self.squares.shape[-1] / side for side in (picture.width, picture.height))
+        box = [left * across, top * down, (left + width) * across, (top + height) * down]
+        return {
+            "row": torch.tensor(picture.row),
+            "box": torch.tensor(box, dtype=torch.float32),
+            "flip": torch.tensor(bool(uniforms[-1] < self.flip)),
+        }
+
+    def sources(self, batch: dict[str, Any], device: torch.device) -> Tensor:
+        """The crops of a batch: uint8 (B, 3, size, size) on the device."""
+        row, box, flip = (batch[name].to(device, non_blocking=True) for name in ("row", "box", "flip"))
+        number = torch.arange(len(row), device=device, dtype=box.dtype)[:, None]
+        squares = self.squares[row].float()
+        crops = roi_align(squares, torch.cat([number, box], dim=1), (self.size, self.size), aligned=True)
+        crops = torch.where(flip[:, None, None, None], crops.flip(-1), crops)
+        return crops.round_().clamp_(0, 255).to(torch.uint8)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Readers do without the pixels, and without a function of this process."""
+        return {**vars(self), "squares": self.squares[:0].cpu(), "decode": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, decode=self._place)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still use: of the machine, or of the container that it runs in."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or it says "max"
+            continue
+    return max(free, 0)
+
+
+def check_room(needed: int, free: int, what: str) -> None:
+    """Refuses a cache that will not fit.
+
+    Raises:
+        ConfigError: Saying how much it needs and how much there is.
+    """
+    if needed > (1 - SPARE) * free:
+        raise ConfigError(
+            f"{what} take {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free, of which a tenth is left alone; "
+            "give data.cache none, or fewer images"
+        )
+
+
+def _each(dataset: Dataset[Any], workers: int, name: str) -> Iterator[Any]:
+    """The items of a dataset in order, made by so many processes."""
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator(),
+        collate_fn=_as_it_is,
+    )  # fmt: skip
+    return iter(tqdm(loader, name, unit="image", disable=None, leave=False))
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _Sizes(Dataset[tuple[int, int]]):
+    """Width and height of each picture as it is decoded, from its header; (0, 0) of one that cannot be read."""
+
+    def __init__(self, records: Records, min_size: int) -> None:
+        self.records, self.min_size = records, min_size
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        try:
+            content = self.records.content(index)
+            if isinstance(content, str):
+                return decoded_size(content, self.min_size)
+            return decoded_size(self.records.name(index), self.min_size, content)
+        except DataError:
+            return 0, 0
+
+
+class _Squares(Dataset[Any]):
+    """Each picture stretched to uint8 (3, side, side), with its width and height; or why it cannot be read."""
+
+    def __init__(self, pictures: Pictures, side: int) -> None:
+        self.pictures, self.side = pictures, side
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            picture = self.pictures.decode(index)
+        except DataError as error:
+            return str(error)
+        square = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy()), picture.size

@@ -1,0 +1,94 @@
+"""When a run saves: every so many steps, every so many minutes, at its end, and before a signal ends it."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+
+from cim_models.pretraining.config import PretrainConfig
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TIME = 1
+"""Asks for a save without an end; below every signal's number."""
+
+
+class SavePoints:
+    """The steps after which a run saves, the same ones in all processes.
+
+    While it is entered, SIGINT and SIGTERM are noted in place of ending the process; `end_if_asked` does, after the
+    save, what the signal would have done.
+
+    Args:
+        config: Of the run.
+        steps: Of the whole run.
+        rank: This process; the clock of the first one counts.
+        processes: How many there are.
+    """
+
+    def __init__(self, config: PretrainConfig, steps: int, rank: int = 0, processes: int = 1) -> None:
+        self.config, self.steps, self.alone, self.agree = config, steps, processes == 1, agreement(processes)
+        self.seconds = 60 * config.save_minutes if rank == 0 and config.save_minutes else float("inf")
+        self.received, self.last = 0, time.monotonic()
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "SavePoints":
+        if threading.current_thread() is threading.main_thread():  # no other can have handlers
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT and self.alone:  # launchers send it twice; a person means it
+            raise KeyboardInterrupt
+        self.received = number
+
+    def reached(self, done: int) -> bool:
+        """Whether to save after this step; one exchange of a number between processes."""
+        late = time.monotonic() - self.last > self.seconds
+        asked = self.agree(self.received or (_TIME if late else 0))
+        if asked > _TIME:
+            self.received = asked
+        reached = bool(asked) or done % self.config.save_every == 0 or done == self.steps
+        if reached:
+            self.last = time.monotonic()
+        return reached
+
+    def end_if_asked(self) -> None:
+        """Does what the signal that was noted would have done.
+
+        Raises:
+            KeyboardInterrupt: By Python's own handler of SIGINT.
+            SystemExit: In place of the system's own way to end a process, so that files are closed and readers end.
+        """
+        if not self.received:
+            return
+        before = self.before.get(signal.Signals(self.received), signal.SIG_DFL)
+        self.__exit__()
+        if before == signal.SIG_DFL:
+            raise SystemExit(128 + self.received)
+        signal.raise_signal(self.received)
+
+
+def agreement(processes: int) -> Callable[[int], int]:
+    """The greatest of a number over all processes, which all of them have to ask for.
+
+    It goes through the processors and their network: the accelerators are not waited for.
+    """
+    if processes == 1:
+        return lambda number: number
+    group: Any = torch.distributed.new_group(backend="gloo")
+
+    def greatest(number: int) -> int:
+        tensor = torch.tensor(number)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=group)
+        return int(tensor)
+
+    return greatest
