@@ -5,7 +5,7 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,8 +27,23 @@ BEFORE = {"diagnostics.held_out": 0}
 """What checkpoints that do not know these settings were made with, where that was not the default."""
 
 
+class Order(NamedTuple):
+    """What decides which images a step sees, however they are split over processes and backward passes."""
+
+    per_step: int
+    """Images of an optimiser step."""
+    per_epoch: int
+    """Images of an epoch: all but those of a last, incomplete backward pass of all processes."""
+
+
 def save(
-    directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, step: int, steps: int, config: PretrainConfig
+    directory: Path,
+    cim: CIM,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    steps: int,
+    config: PretrainConfig,
+    order: Order | None = None,
 ) -> None:
     """Writes `last.pt`: plain data that `torch.load(weights_only=True)` reads.
 
@@ -44,6 +59,7 @@ def save(
         "model": cim.state_dict(),
         "optimiser": optimiser.state_dict(),
         "config": to_dict(config),
+        "order": list(order or ()),
     }
     save_state(state, directory / "last.pt")
     if config.keep > 1:
@@ -71,8 +87,15 @@ def _link(path: Path, name: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int, config: PretrainConfig) -> int:
-    """Restores a run from `last.pt`.
+def load(
+    directory: Path,
+    cim: CIM,
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    config: PretrainConfig,
+    order: Order | None = None,
+) -> int:
+    """Restores a run from `last.pt`, on any number of processes that gives the same order of images.
 
     Returns:
         Steps done, of `steps`.
@@ -94,6 +117,9 @@ def load(directory: Path, cim: CIM, optimiser: torch.optim.Optimizer, steps: int
     before = {**_flat(to_dict(PretrainConfig())), **BEFORE, **_flat(saved)}  # a newer field was unset
     for values in (now, before):
         values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
+    if order is not None and state.get("order") == list(order):
+        for name in ("optimiser.batch_size", "optimiser.accumulation"):  # another split of the same steps
+            before[name] = now[name]
     differences = [
         f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
         for name in sorted(now.keys() | before.keys())

@@ -154,8 +154,8 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "0 or more",
         lambda x: 0 <= x < math.inf,
         "data.workers data.cache_side diagnostics.held_out views.colour.brightness views.colour.contrast "
-        "views.colour.saturation pretext.correlation_weight pretext.global_weight optimiser.warmup_epochs optimiser.min_lr "
-        "optimiser.weight_decay",
+        "views.colour.saturation pretext.correlation_weight pretext.global_weight optimiser.warmup_epochs "
+        "optimiser.min_lr optimiser.weight_decay",
     ),
     (
         "from 0 to 1",

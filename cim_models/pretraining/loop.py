@@ -1,5 +1,6 @@
 """The whole run: images in, a pretrained encoder out."""
 
+import atexit
 import logging
 import time
 from contextlib import closing, nullcontext
@@ -31,6 +32,7 @@ from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, bat
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
 from cim_models.pretraining.log import Log
 from cim_models.pretraining.nonfinite import check_finite
+from cim_models.pretraining.processes import none_is_lost
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
 
@@ -75,6 +77,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     batches = GlobalBatches(len(pictures), optim.batch_size, config.seed, rank, processes, total_steps=0)
     global_batch = optim.batch_size * optim.accumulation * processes
     steps_per_epoch = batches.steps_per_epoch / optim.accumulation
+    order = checkpoint.Order(global_batch, batches.steps_per_epoch * optim.batch_size * processes)
     steps, warmup = round(optim.epochs * steps_per_epoch), round(optim.warmup_epochs * steps_per_epoch)
     if steps_per_epoch < 1 or steps < 1:
         raise ConfigError(
@@ -99,7 +102,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     model, optimiser = accelerator.prepare(cim, optimiser)
     cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
     trained = [p for p in cim.parameters() if p.requires_grad]
-    start = checkpoint.load(directory, cim, optimiser, steps, config) if resume else 0
+    start = checkpoint.load(directory, cim, optimiser, steps, config, order) if resume else 0
 
     # What goes in and what is written down
     workers = usable_workers(config.data.workers)
@@ -124,7 +127,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
 
     points = SavePoints(config, steps, rank, processes)
     bar = tqdm(total=steps, initial=start, unit_scale=global_batch, unit="img", disable=not main)
-    with closing(log), closing(bar), closing(stream), points:
+    with none_is_lost(processes), closing(log), closing(bar), closing(stream), points:
         for step in range(start, steps):
             done = step + 1
             lr = schedules.learning_rate(step, steps, warmup, optim.lr * scale, optim.min_lr * scale)
@@ -181,7 +184,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                     log.write(diagnosis(cim, done))
             if saves and main:
                 try:
-                    checkpoint.save(directory, cim, optimiser, done, steps, config)
+                    checkpoint.save(directory, cim, optimiser, done, steps, config, order)
                     checkpoint.export(directory, cim, config, done, done * global_batch)
                     save_samples(directory, views, output.logits)
                 except CheckpointError as error:  # a full disk may have room at the next save, but there is no next one
@@ -192,7 +195,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 accelerator.wait_for_everyone()
                 points.end_if_asked()
 
-    accelerator.end_training()
+    atexit.register(accelerator.end_training)  # the processes stay together for another run
     return directory
 
 

@@ -3,13 +3,11 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
-
 from cim_models.pretraining.config import PretrainConfig
+from cim_models.pretraining.processes import agreement
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TIME = 1
@@ -75,20 +73,3 @@ class SavePoints:
         if before == signal.SIG_DFL:
             raise SystemExit(128 + self.received)
         signal.raise_signal(self.received)
-
-
-def agreement(processes: int) -> Callable[[int], int]:
-    """The greatest of a number over all processes, which all of them have to ask for.
-
-    It goes through the processors and their network: the accelerators are not waited for.
-    """
-    if processes == 1:
-        return lambda number: number
-    group: Any = torch.distributed.new_group(backend="gloo")
-
-    def greatest(number: int) -> int:
-        tensor = torch.tensor(number)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=group)
-        return int(tensor)
-
-    return greatest

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import export, kept, load, save, start_from
+from cim_models.pretraining.checkpoint import Order, export, kept, load, save, start_from
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.state import save_state
 
@@ -249,3 +249,14 @@ def test_checkpoints_are_kept_where_files_have_one_name(tmp_path, monkeypatch):
     save(tmp_path, cim, optimiser, 5, 20, PretrainConfig(keep=2))
     assert (tmp_path / "step-00000005.pt").read_bytes() == (tmp_path / "last.pt").read_bytes()
     assert len(os.listdir(tmp_path)) == 2
+
+
+def test_another_split_of_the_same_steps(tmp_path):
+    cim, optimiser = build()
+    config, other = PretrainConfig(), PretrainConfig()
+    other.optimiser.batch_size, other.optimiser.accumulation = 64, 4
+    save(tmp_path, cim, optimiser, 7, 20, config, Order(256, 5120))
+    assert load(tmp_path, cim, optimiser, 20, other, Order(256, 5120)) == 7
+    for order in (Order(256, 5056), None):
+        with pytest.raises(CheckpointError, match="optimiser.accumulation: 1 in the checkpoint, 4 asked for"):
+            load(tmp_path, cim, optimiser, 20, other, order)

@@ -49,21 +49,41 @@ assert type(output).__name__ == "Output" and output.context.grid == (2, 2)
 if rank == 0:
     save_file({name: p.grad for name, p in cim.named_parameters() if p.grad is not None}, gradients)
 
-pretrain(load_recipe(recipe))
+config = load_recipe(recipe)
+pretrain(config)
+config.out += "-again"
+pretrain(config)
+"""
+KILLED = """
+import os, sys
+import torch
+from cim_models.pretraining import load_recipe, pretrain, schedules
+
+torch.set_num_threads(1)
+momentum = schedules.momentum
+
+
+def kill(step, *others):
+    if step == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return momentum(step, *others)
+
+
+schedules.momentum = kill
+pretrain(load_recipe(sys.argv[1]))
 """
 TIMES = {"images_per_second", "data_wait"}
 
 
-def launch(tmp_path: Path, *arguments: Path) -> None:
-    """Runs WORKER in two processes of one torchrun, on the CPU."""
-    (tmp_path / "worker.py").write_text(WORKER)
+def launch(program: str, tmp_path: Path, *arguments: Path) -> subprocess.CompletedProcess:
+    """Runs a program in two processes of one torchrun, on the CPU."""
+    (tmp_path / "worker.py").write_text(program)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     changes = {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, tmp_path / "worker.py", *arguments],
         env={**os.environ, **changes}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def gradients_of_one_process(weights: Path, views: Path) -> dict[str, torch.Tensor]:
@@ -107,12 +127,14 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure):
         optimiser__clip=None, optimiser__betas=(0.0, 0.95), pretext__freeze_patch_embed=True, precision="fp32",
     )  # fmt: skip
 
-    one, two = (configure(images, out / name, **changes) for name in ("one", "two"))
-    one.optimiser.batch_size, two.optimiser.batch_size = 4, 2
+    one, two, fewer = (configure(images, out / name, **changes) for name in ("one", "two", "fewer"))
+    one.optimiser.batch_size, two.optimiser.batch_size, fewer.optimiser.batch_size = 4, 2, 4
+    two.save_every, two.keep = 1, 3
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(to_dict(two)))
     files = [tmp_path / name for name in ("views.safetensors", "weights.safetensors", "gradients.safetensors")]
     expected = gradients_of_one_process(weights=files[1], views=files[0])
-    launch(tmp_path, tmp_path / "two.yaml", *files)
+    done = launch(WORKER, tmp_path, tmp_path / "two.yaml", *files)
+    assert done.returncode == 0, done.stderr[-5000:]
     assert_close(load_file(files[2]), expected, 1e-5)
 
     pretrain(one)
@@ -134,3 +156,44 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure):
     moments = [{str(i): s["exp_avg"] for i, s in state["optimiser"]["state"].items()} for state in states]
     assert_close(*moments, 1e-4)
     assert_close(*(state["model"] for state in states), 1e-3)
+
+    # The second run in the same processes is the first one again.
+    again = torch.load(out / "two-again" / "last.pt", weights_only=True)
+    assert all(torch.equal(tensor, states[1]["model"][name]) for name, tensor in again["model"].items())
+
+    # Half of the processes, with twice the batch, go on where two stopped: on the same images.
+    (out / "fewer").mkdir()
+    (out / "two" / "step-00000001.pt").rename(out / "fewer" / "last.pt")
+    fewer.resume = True
+    pretrain(fewer)
+    lines = [json.loads(line) for line in (out / "fewer" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 3]
+    for ours, theirs in zip(lines[1:], logs[1][2:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert_close(torch.load(out / "fewer" / "last.pt", weights_only=True)["model"], states[1]["model"], 1e-3)
+
+
+def test_other_splits_of_a_step_see_the_same_images():
+    """Whenever the images of a step and of an epoch are as many: in the same order, each once per epoch."""
+    for splits in (((2, 2), (4, 1), (1, 4)), ((2, 4), (4, 2), (8, 1), (1, 8))):
+        streams = []
+        for batch_size, processes in splits:
+            ranks = [
+                list(GlobalBatches(53, batch_size, 0, rank, processes, total_steps=24 // (batch_size * processes) * 6))
+                for rank in range(processes)
+            ]
+            steps = [[pair for rank in ranks for pair in rank[micro]] for micro in range(len(ranks[0]))]
+            streams.append(sum(steps, []))
+            per_epoch = 53 // (batch_size * processes) * batch_size * processes
+            epoch = streams[-1][:per_epoch]
+            assert len({index for _, index in epoch}) == per_epoch and {e for e, _ in epoch} == {0}
+        assert all(stream == streams[0] for stream in streams)
+
+
+def test_a_killed_process_ends_the_others(tmp_path, out, photographs, configure):
+    config = configure(photographs(8, 64), out, optimiser__batch_size=2, optimiser__epochs=20.0, save_every=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    done = launch(KILLED, tmp_path, tmp_path / "run.yaml")
+    assert done.returncode != 0
+    assert "CimModelsError: another process of the run has ended, hence this one too" in done.stderr
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
