@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "embed": ("cim_models.evaluation.embed:embed", "write the features of a folder of images"),
     "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
     "pretrain": ("cim_models.pretraining.loop:pretrain", "pretrain an encoder on a folder of images"),
+    "runs plot": ("cim_models.pretraining.curves:plot_runs", "draw the curves of runs side by side"),
     "evaluate correlation": (
         "cim_models.evaluation.correlation:correlation",
         "how well exemplars are found in pictures of a folder",

@@ -136,6 +136,22 @@ def test_info_of_what_is_not_released(capsys):
     assert code == 1 and not out and "cim_vit_tinny" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [([], False), (["--resume"], True), (["--resume", "--seed", "1"], True), (["--resume", "auto"], "auto"),
+     (["--resume", "False"], False)],
+)  # fmt: skip
+def test_resume_with_and_without_a_value(flags, resume):
+    config = cli._parse_run(["photos", "--recipe", "cpu-demo", "--out", "run", *flags])
+    assert config.resume == resume and type(config.resume) is type(resume)
+
+
+def test_curves_of_two_runs(small_run, tmp_path, capsys):
+    out = tmp_path / "curves.png"
+    assert usage(["runs", "plot", str(small_run), str(small_run), "--out", str(out)], capsys)[:2] == (0, f"{out}\n")
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
 def test_embed_writes_what_the_function_writes(tmp_path, photographs, small_run, capsys):
     folder, out = photographs(6, 80), tmp_path / "f.safetensors"
     options = ["--model", str(small_run), "--out", str(out), "--pooling", "both", "--batch-size", "4", "--workers", "0"]
