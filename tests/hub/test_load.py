@@ -17,7 +17,7 @@ from timm.models._features import FeatureGetterNet, FeatureListNet
 from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.entry import WeightFile
-from cim_models.hub.load import create_model, create_transform, list_models
+from cim_models.hub.load import create_model, create_pretext, create_transform, list_models
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.verify import verify
 
@@ -325,6 +325,40 @@ def test_transform_belongs_to_the_weights(released):
     assert create_transform(model, is_training=True, hflip=0.0)(picture).shape == (3, 64, 64)
     features = create_model(entry.id, pretrained=True, features_only=True, out_indices=(1,), manifest=manifest)
     assert torch.equal(create_transform(features)(picture), expected)
+
+
+WAYS = {
+    "id": lambda manifest, entry, **kwargs: create_model(entry.id, pretrained=True, manifest=manifest, **kwargs),
+    "folder": lambda manifest, entry, **kwargs: create_model(manifest.root / "weights" / entry.id, **kwargs),
+    "any file of it": lambda manifest, entry, **kwargs: create_model(manifest.root / entry.files[0].path, **kwargs),
+    "head": lambda *args, **kwargs: WAYS["id"](*args, num_classes=4, **kwargs),
+    "features": lambda *args, **kwargs: WAYS["id"](*args, features_only=True, out_indices=(1,), **kwargs),
+    "timm": lambda manifest, entry, **kwargs: timm.create_model(
+        entry.architecture,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(manifest.root / "weights" / entry.id)},
+        **kwargs,
+    ),
+    "pretext": lambda manifest, entry: create_pretext(entry.id, manifest=manifest),
+    "target": lambda manifest, entry: create_pretext(entry.id, manifest=manifest).target,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_model_carries_its_preprocessing(release, way):
+    """timm's own reading of the model agrees with ours, and with what was released."""
+    manifest, entry = release(pretext="head")
+    model = WAYS[way](manifest, entry)
+    encoder = getattr(model, "online", model)
+    picture = Image.effect_mandelbrot((200, 150), (-2, -1, 1, 1), 80).convert("RGB")
+    expected = timm.data.create_transform(**vars(entry.preprocessing))(picture)
+    assert torch.equal(create_transform(model)(picture), expected)
+    assert torch.equal(timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))(picture), expected)
+    assert encoder.pretrained_cfg["license"] == entry.licence
+    if way not in ("pretext", "target"):
+        wide = WAYS[way](manifest, entry, img_size=96)
+        assert create_transform(wide)(picture).shape == (3, 96, 96)
+        assert timm.data.resolve_model_data_config(wide)["input_size"] == (3, 96, 96)
 
 
 def test_list_models(release):
