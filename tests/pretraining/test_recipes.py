@@ -10,7 +10,14 @@ from cim_models.pretext.model import PretextConfig
 from cim_models.pretraining.config import RECIPES, PretrainConfig, load_recipe, recipes, to_dict
 from cim_models.pretraining.loop import build
 
-NAMES = ["cpu-demo", "imagenet-1k", "imagenet-1k-as-released", "imagenette-128", "tiny-imagenet-64"]
+NAMES = [
+    "cpu-demo",
+    "imagenet-1k",
+    "imagenet-1k-as-released",
+    "imagenette-128",
+    "tiny-imagenet-64",
+    "tiny-imagenet-64-start",
+]
 
 
 def test_the_recipes_that_there_are():
