@@ -15,6 +15,7 @@ from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -135,7 +136,7 @@ def fit(
                 parts = list(zip(inputs.split(config.device_batch), targets.split(config.device_batch), strict=True))
                 for part, (some, wanted) in enumerate(parts):
                     last = part == len(parts) - 1
-                    with contextlib.nullcontext() if last else accelerator.no_sync(model), autocast:
+                    with contextlib.nullcontext() if last else accelerator.no_sync(model), autocast, _attention(device):
                         output = model(some)
                     loss = task.loss(output.float(), wanted) * len(some) / len(inputs)
                     accelerator.backward(loss)
@@ -186,6 +187,11 @@ def check_new(out: Path, resume: bool) -> None:
         raise CheckpointError(f"{out} holds a run; give --resume to go on with it, or another --out")
     if resume and not (out / STATE).exists():
         raise CheckpointError(f"{out / STATE}: no checkpoint to resume; leave --resume out to start a run here")
+
+
+def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The attention that is fastest forward and backward: on a CPU the plain one."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
 def _measured(task: Task, model: nn.Module) -> dict[str, float]:
