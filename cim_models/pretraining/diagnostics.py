@@ -69,7 +69,7 @@ class HeldOut:
         return something and (done % self.config.diagnostics.every == 0 or done == steps)
 
     def __call__(self, cim: CIM, done: int) -> dict[str, Any]:
-        """One line of the log; says in a warning what has become wrong, or is no longer so.
+        """Fields of a line of the log; says in a warning what has become wrong.
 
         Args:
             cim: The model, not wrapped; left as it was.
@@ -80,7 +80,7 @@ class HeldOut:
             `held_out_gap`, `held_out_iou`, `held_out_iou_shuffled`, `held_out_cosine`, `held_out_deviation` and
             `held_out_rankme`, `warnings` if there are any, and the probe's numbers.
         """
-        record: dict[str, Any] = {"step": done}
+        record: dict[str, Any] = {}
         with evaluation_mode(cim):
             if len(self.pictures):
                 numbers = self._measure(cim)

@@ -181,7 +181,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
 
             if main and diagnosis.due(done, steps):
                 with autocast:
-                    log.write(diagnosis(cim, done))
+                    log.write({"step": done, "images_seen": done * global_batch, **diagnosis(cim, done)})
             if saves and main:
                 try:
                     checkpoint.save(directory, cim, optimiser, done, steps, config, order)
@@ -195,7 +195,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 accelerator.wait_for_everyone()
                 points.end_if_asked()
 
-    atexit.register(accelerator.end_training)  # the processes stay together for another run
+    atexit.register(accelerator.state.destroy_process_group)  # the processes stay together for another run
     return directory
 
 
