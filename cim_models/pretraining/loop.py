@@ -190,7 +190,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 except CheckpointError as error:  # a full disk may have room at the next save, but there is no next one
                     if done == steps or points.received:
                         raise
-                    logger.warning("%s; the run goes on, and files that could not be written are those of before", error)
+                    logger.warning("%s; the run goes on, what was not written is as before", error)
             if saves:
                 accelerator.wait_for_everyone()
                 points.end_if_asked()
