@@ -109,7 +109,8 @@ class HeldOut:
             parts.append({"loss": loss, **agreement(cim, output, views), "cosine": cosine})
             features.append(context.patches.float().mean(dim=1))
         share = torch.tensor([len(x) for x in features], device=self.device) / sum(map(len, features))
-        means = torch.stack([torch.stack([p.float() for p in part.values()]) for part in parts], dim=1) @ share
+        values = torch.stack([torch.stack([p.float() for p in part.values()]) for part in parts], dim=1)
+        means = (values * share).sum(dim=1)  # a matrix product would be rounded by autocast
         every = torch.cat(features)
         return {
             "images": len(every),
