@@ -18,7 +18,7 @@ from cim_models.files import replacing
 from cim_models.hub.access import Access
 from cim_models.hub.entry import WeightFile
 from cim_models.hub.integrity import check_file
-from cim_models.hub.waiting import Patience
+from cim_models.hub.waiting import Patience, Unreachable
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 """What the system says of a place where nothing can be written, whoever frees space."""
@@ -35,8 +35,11 @@ class Cache:
 
     def __init__(self, access: Access):
         own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        shared = Path(tempfile.gettempdir(), f"cim_models-{getattr(os, 'getuid', lambda: 'user')()}")
-        self.folders = tuple(dict.fromkeys((access.hub_cache / "cim_models", own / "cim_models", shared)))
+        folders = [access.hub_cache / "cim_models", own / "cim_models"]
+        last = Path(tempfile.gettempdir(), f"cim_models-{getattr(os, 'getuid', lambda: 'user')()}")
+        if not _of_somebody_else(last):
+            folders.append(last)
+        self.folders = tuple(dict.fromkeys(folders))
 
     def find(self, file: WeightFile) -> Path | None:
         """A verified copy; damaged ones are named in a warning and passed over."""
@@ -71,11 +74,7 @@ class Cache:
         """
         for folder in self.folders:
             try:
-                (folder / "sha256").mkdir(
-                    parents=True, exist_ok=True, mode=0o700 if folder == self.folders[-1] else 0o777
-                )
-                if folder == self.folders[-1] and hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-                    continue  # somebody else made it
+                (folder / "sha256").mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder / "sha256"):
                     pass
             except OSError as error:
@@ -106,12 +105,14 @@ class Cache:
         folder = self.writable()
         path = _place(folder, file)
         partial, lock = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "lock"))
-        held = FileLock(lock)
+        held = FileLock(lock, mode=0o666)  # for the other users of a shared cache, too
         try:
-            while not held.is_locked:
+            while True:
                 with suppress(Timeout):
                     held.acquire(timeout=0.05)
-                patience.look(partial.stat().st_size if partial.exists() else 0)
+                    break
+                if not patience.look(partial.stat().st_size if partial.exists() else 0):
+                    raise Unreachable(f"another process downloads it and receives nothing for {patience.seconds:.0f} s")
             yield partial, path
             if partial.exists():
                 self._install(partial, path, file)
@@ -135,6 +136,14 @@ class Cache:
 
 def _place(folder: Path, file: WeightFile) -> Path:
     return folder / "sha256" / f"{file.sha256}{Path(file.path).suffix}"
+
+
+def _of_somebody_else(folder: Path) -> bool:
+    """Whether another user made a folder where everybody may, and could change what we verified in it."""
+    try:
+        return hasattr(os, "getuid") and folder.lstat().st_uid != os.getuid()
+    except OSError:
+        return False
 
 
 def _full(folder: Path, error: OSError) -> str:

@@ -18,7 +18,7 @@ from cim_models.errors import WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.cache import Cache
 from cim_models.hub.entry import WeightFile
-from cim_models.hub.waiting import Passing, Patience, Unreachable, persist
+from cim_models.hub.waiting import ENOUGH, Passing, Patience, Unreachable, persist
 
 COMMIT = re.compile("[0-9a-f]{40}")
 SMALL = 10_000_000
@@ -117,9 +117,8 @@ class Source:
                     for chunk in reply.iter_bytes():
                         size += stream.write(chunk)
                         bar.update(len(chunk))
-                        if size > patience.size:
-                            patience.size = size
-                            patience.renew()
+                        if not patience.look(size) and size < file.size:
+                            raise Passing(f"less than {ENOUGH:,} bytes arrived in {patience.seconds:.0f} s")
                         if size > file.size:
                             return  # it is not the file
 

@@ -8,6 +8,8 @@ from cim_models.errors import WeightsError
 
 TOTAL, IDLE, STEP = 25.0, 15.0, 8.0
 """Seconds without anything arriving: of all sources together, of one source, of one request."""
+ENOUGH = 100_000
+"""Bytes: a server that sends less in that time is as good as away."""
 PAUSES = (0.5, 1.0, 2.0)
 """Seconds before a request is made again after a trouble that may pass."""
 
@@ -23,7 +25,7 @@ class Passing(Exception):
 
 
 class Patience:
-    """A time that runs out unless something arrives.
+    """A time that runs out unless something arrives, and how much had.
 
     Args:
         seconds: That it lasts.
@@ -43,17 +45,12 @@ class Patience:
         """Seconds."""
         return max(self.until - time.monotonic(), 0.0)
 
-    def look(self, size: int) -> None:
-        """Watches a file that another process writes.
-
-        Raises:
-            Unreachable: If it has not grown for too long.
-        """
-        if size > self.size:
+    def look(self, size: int) -> bool:
+        """Watches a file that grows; false when it has not grown by `ENOUGH` for too long."""
+        if size - self.size >= ENOUGH:
             self.size = size
             self.renew()
-        if not self.left:
-            raise Unreachable(f"another process downloads it and has received nothing for {self.seconds:.0f} s")
+        return self.left > 0
 
 
 def persist(what: str, call: Callable[[float], Result], patience: Patience) -> Result:

@@ -64,6 +64,8 @@ class Fault:
     """Add this to the announced Content-Length."""
     pause: float = 0.0
     """Seconds between the tenths of a body."""
+    trickle: float = 0.0
+    """Seconds between single bytes."""
     compress: bool = False
     """Content-Encoding: gzip."""
     ranges: bool = True
@@ -493,12 +495,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         if fault.cut is not None or fault.reset is not None or fault.stall is not None:
             return self._hang_up()
-        if fault.pause:
-            step = -(-len(body) // 10)
+        if fault.pause or fault.trickle:
+            step = 1 if fault.trickle else -(-len(body) // 10)
             for start in range(0, len(body), step):
                 self.wfile.write(body[start : start + step])
                 self.wfile.flush()
-                time.sleep(fault.pause)
+                time.sleep(fault.pause or fault.trickle)
         else:
             self.wfile.write(body)
         if fault.length:

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -101,6 +103,8 @@ LASTING = {
     "503 of the files": ("GET", dict(status=503), "the server answers 503"),
     "silent": ("", dict(silent=True), "the server cannot be reached: .*timed out"),
     "silent in the middle": (MODEL, dict(stall=300_000, ranges=False), "the server cannot be reached"),
+    "a byte now and then": (MODEL, dict(trickle=0.01), "less than 100,000 bytes arrived in 2 s"),
+    "cut again and again": (MODEL, dict(cut=1000), "the server cannot be reached: peer closed"),
     "never a byte": (MODEL, dict(cut=0), "the server cannot be reached: peer closed"),
     "always cut at one place": (MODEL, dict(cut=300_000, ranges=False), "the server cannot be reached: peer closed"),
     "flipped bit": (MODEL, dict(flip=True), "sha256 [0-9a-f]+ expected, [0-9a-f]+ found: twice, so it is the source"),
@@ -201,6 +205,24 @@ def test_a_damaged_cache_repairs_itself(hub, published, tmp_path, caplog, damage
     assert damage == "gone" or f"{path} is damaged" in caplog.text
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix's users")
+def test_the_last_folder_is_ours_or_not_used(hub, published, tmp_path, monkeypatch):
+    """Where everybody may make folders, somebody else may have made ours, to change what was verified."""
+    manifest, entry, contents = published
+    for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        (tmp_path / name).write_text("a file where a folder should be")
+        monkeypatch.setenv(name, str(tmp_path / name))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    found = resolve(entry.id, manifest=manifest)
+    last = tmp_path / "tmp" / f"cim_models-{os.getuid()}"
+    assert read(found) == contents and all(path.is_relative_to(last) for path in found.files["backbone"])
+    monkeypatch.setattr(os, "getuid", lambda: 4242)
+    last.rename(tmp_path / "tmp" / "cim_models-4242")
+    with pytest.raises(WeightsError, match="no folder for downloads can be written to: .*HF_HUB_CACHE"):
+        resolve(entry.id, manifest=manifest)
+
+
 @pytest.mark.parametrize("said", ["1", "true", "ON"])
 def test_offline_by_the_environment_of_the_moment(hub, published, monkeypatch, said):
     """The Hub's client reads HF_HUB_OFFLINE once, when it is imported."""
@@ -230,15 +252,15 @@ def test_files_of_the_hubs_own_client_are_used_where_they_lie(hub, published, tm
     content = bytearray(theirs[0].read_bytes())
     content[-5] ^= 1
     theirs[0].write_bytes(content)  # the client would hand it out
+    theirs[1].resolve().unlink()  # a link that leads nowhere
     with caplog.at_level(logging.WARNING, "cim_models"):
         assert read(resolve(entry.id, manifest=manifest)) == contents
     assert f"{theirs[0]} is damaged" in caplog.text and hub.requests(f"GET {MODEL}")
 
 
-def test_a_file_is_downloaded_once_whatever_commit_it_is_of(hub, published, monkeypatch):
+def test_a_file_is_downloaded_once_whatever_commit_it_is_of(hub, published):
     """Without symlinks the Hub's client downloads it again for each."""
     manifest, entry, contents = published
-    monkeypatch.setenv("HF_HUB_DISABLE_SYMLINKS", "1")
     resolve(entry.id, manifest=manifest)
     commit = hub.add("org/name", hub.repositories["org/name"].commits[entry.sources[0][-40:]] | {"README.md": b"new"})
     hub.log.clear()

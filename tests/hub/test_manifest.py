@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,18 @@ import pytest
 import yaml
 
 from cim_models.errors import ConfigError, WeightsError
-from cim_models.hub.entry import Entry, key_digest, read_entry, to_dict
+from cim_models.hub.entry import (
+    Data,
+    Entry,
+    Golden,
+    Metric,
+    Preprocessing,
+    Pretext,
+    WeightFile,
+    key_digest,
+    read_entry,
+    to_dict,
+)
 from cim_models.hub.manifest import Manifest, data_root, info, load_manifest, table, write_manifest
 from cim_models.hub.names import Name, parse_name
 
@@ -161,6 +173,14 @@ def test_texts_of_the_released_manifest():
         assert yaml.safe_load(info(id)) == to_dict(entry)
     with pytest.raises(WeightsError, match="'cim_vit_unknown'"):
         info("cim_vit_unknown")
+
+
+def test_every_field_is_documented(repository):
+    root, _ = repository
+    page = (root / "docs" / "weights.md").read_text().split("## The manifest")[1].split("\n## ")[0]
+    kinds = (Entry, WeightFile, Preprocessing, Pretext, Data, Metric, Golden)
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert names == set(re.findall(r"`(\w+)`", page)) & names
 
 
 def test_key_digest():

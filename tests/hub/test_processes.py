@@ -136,7 +136,7 @@ def test_who_waits_for_another_process_does_not_wait_for_ever(hub, published, tm
     folder.mkdir(parents=True)
     file = entry.files[0]
     with FileLock(folder / f".{file.sha256}.safetensors.lock"):
-        with pytest.raises(WeightsError, match="another process downloads it and has received nothing for 2 s"):
+        with pytest.raises(WeightsError, match="another process downloads it and receives nothing for 2 s"):
             resolve(entry.id, manifest=manifest)
     assert resolve(entry.id, manifest=manifest)
 
@@ -194,6 +194,17 @@ def test_a_full_disk(hub, published, small_files, tmp_path):
     found = resolve(entry.id, manifest=manifest)
     digests = {hashlib.sha256(path.read_bytes()).hexdigest() for paths in found.files.values() for path in paths}
     assert digests == {file.sha256 for file in entry.files}
+
+
+def test_the_example(hub, published, start, photographs, tmp_path):
+    """Features of a folder, with weights that come from the Hub on the way."""
+    code = "import runpy, sys; sys.argv[1:] = %r; runpy.run_path(%r, run_name='__main__')"
+    example = ROOT / "examples" / "extract_features.py"
+    arguments = [str(photographs(4, 64)), "hf-hub:org/name"]
+    process = start(f"import os; os.chdir({str(tmp_path)!r}); {code % (arguments, str(example))}")
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert len(output.splitlines()) == 4 and all(line.count(".jpg") == 2 for line in output.splitlines())
 
 
 def test_the_environment_may_change_after_timm_was_imported(hub, published, start, tmp_path):
