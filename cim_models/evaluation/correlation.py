@@ -95,12 +95,13 @@ def correlation(
         },
         result={
             "metric": "IoU",
-            "scores": {"exemplars": overlap, "exemplars of another image": overlap_shuffled},
+            "scores": {"exemplars": overlap},
             "headline": overlap,
-            "chance": prior.iou,
             "loss": loss,
             "prior_loss": prior.loss,
             "gap": shuffled_loss - loss,
+            "iou_shuffled": overlap_shuffled,
+            "iou_prior": prior.iou,
         },
         command=command,
     )

@@ -192,7 +192,7 @@ def _which_encoder(entry: Entry) -> str:
         base, _, whose = name.rpartition(".")
         others = {f"the {other} encoder": f"{base}.{other}", "random weights": f"{base}.{RANDOM}"}
         beside = {what: values[key] for what, key in others.items() if key in values}
-        if whose == entry.encoder and beside:
+        if whose == entry.encoder and any(shown(metric) != shown(mine) for metric in beside.values()):
             compared = " and ".join(f"{shown(metric)} for {what}" for what, metric in beside.items())
             said += f" {base} on {mine.data}: {shown(mine)}, against {compared}."
     if entry.kind == "backbone" and "pretext" in entry.parts:

@@ -55,11 +55,10 @@ def test_it_agrees_with_scikit_learn(tmp_path, unsure, photographs):
     folder = photographs(5, 70)
     report = correlation(str(unsure), folder, tmp_path / "c.json", source_size=96, batch_size=2)
     expected = independent(unsure, folder, 96, [[0, 1], [2, 3, 4]])  # nobody is left alone
-    names = {"iou": "exemplars", "iou_shuffled": "exemplars of another image"}
-    found = {**report.result, **{name: report.result["scores"][score] for name, score in names.items()}}
+    found = {**report.result, "iou": report.result["scores"]["exemplars"]}
     for name in ("loss", "gap", "iou", "iou_shuffled"):
         assert found[name] == pytest.approx(expected[name], abs=1e-5), name
-    assert report.result["chance"] > 0 and report.result["prior_loss"] < np.log(2)
+    assert report.result["iou_prior"] > 0 and report.result["prior_loss"] < np.log(2)
     written = json.loads((tmp_path / "c.json").read_text())
     assert written["result"] == report.result and written["protocol"] == "correlation-1"
     assert written["data"]["images"]["images"] == 5
