@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from cim_models.errors import ConfigError
@@ -32,7 +32,7 @@ PHOTOGRAPHS = (
 )  # fmt: skip
 """Of scikit-image, those that are more than a texture and come with the package itself, in most versions."""
 GRID = 3
-"""Of few photographs, GRID × GRID tiles of each are compared, without colours against with."""
+"""Of few photographs, GRID × GRID tiles of each are compared."""
 FEW = 50
 """From so many images on, the images themselves are compared."""
 LARGEST = 768
@@ -55,8 +55,7 @@ class Quickstart:
     iou_shuffled: float | None
     """The same with the exemplars of another image: what the shape of an average map gives. None for one image."""
     same: float | None
-    """Share of tiles that, without colours, are nearest to another tile of the same photograph; None if images were
-    compared."""
+    """Share of tiles that are nearest to another tile of the same photograph; None if images were compared."""
     same_random: float | None
     """The same with random weights."""
     same_chance: float
@@ -71,7 +70,7 @@ class Quickstart:
         ]
         if self.same is not None:
             lines.append(
-                f"Without its colours, a tile is nearest to another of the same photograph in {self.same:.0%} of cases "
+                f"A tile is nearest to another of the same photograph in {self.same:.0%} of cases "
                 f"(random weights {self.same_random:.0%}, chance {self.same_chance:.0%})."
             )
         shuffled = "" if self.iou_shuffled is None else f" ({self.iou_shuffled:.2f} with exemplars of another image)"
@@ -89,8 +88,8 @@ def quickstart(
 ) -> Quickstart:
     """Shows what an encoder makes of your images: features, nearest neighbours and correlation maps.
 
-    Of fewer than 50 images, tiles that do not overlap are compared, nine of each. Colours alone would tell most
-    photographs apart, so a tile is shown without them, and its nearest neighbours should be of the same photograph.
+    Of fewer than 50 images, tiles that do not overlap are compared, nine of each: the nearest neighbours of a tile
+    should be of the same photograph.
 
     Args:
         images: A folder, a text file of paths or one image; by default the photographs that scikit-image comes with.
@@ -168,16 +167,15 @@ def _tile_neighbours(
 ) -> tuple[Image.Image, float, float]:
     """The sheet for tiles, and how often the nearest one is of the same photograph; also with random weights."""
     tiles = [tile for name in names for tile in _tiles(read_image(name))]
-    grey = [ImageOps.grayscale(tile).convert("RGB") for tile in tiles]
     owners = [name for name in names for _ in range(GRID**2)]
     shares = []
     for random_init in (True, False):
         encoder = open_encoder(model, random_init=random_init, device=device)
-        queries, gallery = (extract_all(encoder, part, workers=0).features for part in (grey, tiles))
-        found = _others(queries, gallery, range(len(tiles)))
+        features = extract_all(encoder, tiles, workers=0).features
+        found = _others(features, features, range(len(tiles)))
         shares.append(sum(owners[row[0][0]] == owner for row, owner in zip(found, owners, strict=True)) / len(tiles))
     centres = [i * GRID**2 + GRID**2 // 2 for i in shown]
-    picture = _sheet([grey[i] for i in centres], centres, [found[i] for i in centres], owners, tiles.__getitem__)
+    picture = _sheet([tiles[i] for i in centres], centres, [found[i] for i in centres], owners, tiles.__getitem__)
     return picture, shares[1], shares[0]
 
 
