@@ -5,10 +5,11 @@ from pathlib import Path
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
-from cim_models.hub.card import LOG, RECIPE, render_card
+from cim_models.hub.card import render_card
 from cim_models.hub.folder import staging, write_config
 from cim_models.hub.integrity import check_file
 from cim_models.hub.manifest import load_manifest
+from cim_models.hub.provenance import provenance_files
 from cim_models.hub.store import from_path, resolve
 
 
@@ -42,9 +43,9 @@ def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = No
             shutil.copyfile(next(paths[file.part]), path)
             check_file(path, file)
         released = manifest.root / "weights" / entry.id
-        for text in (RECIPE, LOG):
-            if entry.id in manifest.entries and (released / text).is_file():
-                shutil.copyfile(released / text, temporary / text)
+        if entry.id in manifest.entries:
+            for text in provenance_files(released):
+                shutil.copyfile(text, temporary / text.name)
         labels = found.labels
         if entry.num_classes and not labels and (released / "config.json").is_file():
             labels = from_path(released).labels

@@ -63,6 +63,11 @@ def texts(stages: Sequence[Stage], data: str, hardware: str) -> dict[str, str]:
     return found
 
 
+def provenance_files(folder: Path) -> list[Path]:
+    """The files of a release folder that `texts` made."""
+    return sorted(path for name in (RECIPE, LOG) for path in folder.glob(name.replace(".", "*.")))
+
+
 def _read(run: Path, encoder: str) -> Stage:
     names = (f"{encoder}.safetensors", "head.safetensors", "config.yaml", LOG)
     missing = [name for name in names if not (run / name).is_file()]

@@ -115,3 +115,12 @@ def test_nothing_is_lost_or_left_half(hub, published, tmp_path, small_files):
     hub.add("org/timm", {"config.json": b'{"architecture": "cim_vit_tiny"}', "model.safetensors": b"x"})
     with pytest.raises(WeightsError, match="org/timm@.* is no release of this package"):
         fetch("hf-hub:org/timm", to=tmp_path / "made", root=manifest.root)
+
+
+def test_a_release_is_fetched_with_all_that_tells_of_its_runs(tmp_path):
+    entry = next(iter(load_manifest().entries.values()))
+    released = load_manifest().root / "weights" / entry.id
+    made = fetch(entry.id, to=tmp_path / "stick")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == {
+        path.name: path.read_bytes() for path in released.iterdir()
+    }
