@@ -75,8 +75,3 @@ def collate(samples: list[Example]) -> tuple[Tensor | None, Tensor, list[str]]:
         return None, torch.empty(0), failed
     inputs, targets = zip(*good, strict=True)
     return torch.stack(inputs), torch.stack([torch.as_tensor(target) for target in targets]), failed
-
-
-def one_thread(worker: int) -> None:
-    """Processes that read images leave the cores to each other."""
-    torch.set_num_threads(1)

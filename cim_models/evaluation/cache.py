@@ -15,6 +15,7 @@ from cim_models.evaluation.features import DEFAULT_WORKERS, Features, Pooling, P
 from cim_models.evaluation.rows import RowWriter
 from cim_models.evaluation.splits import Split
 from cim_models.files import replacing
+from cim_models.hub.digest import sha256
 
 CHECKED = 8
 """Images whose features are computed again before a cache is used."""
@@ -78,7 +79,7 @@ def split_features(
                 rows.write(batch.features)
         rows.finish()
     with replacing(folder / "about.json") as temporary:
-        record = {**key, "images": len(split.paths), "unreadable": unreadable, "sha256": _sha256(file)}
+        record = {**key, "images": len(split.paths), "unreadable": unreadable, "sha256": sha256(file, again=True)}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Features(_map(file), _readable(len(split.paths), unreadable), unreadable)
 
@@ -91,7 +92,8 @@ def _read(folder: Path, key: Mapping[str, Any]) -> Features | None:
     try:
         record = json.loads(about.read_text(encoding="utf-8"))
         unreadable = {int(index): reason for index, reason in record["unreadable"].items()}
-        whole = record["sha256"] == _sha256(file) and all(record[name] == value for name, value in key.items())
+        expected = {**key, "sha256": sha256(file, again=True)}
+        whole = all(record[name] == value for name, value in expected.items())
         stored = Features(_map(file), _readable(record["images"], unreadable), unreadable) if whole else None
     except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
         stored = None
@@ -118,14 +120,6 @@ def _digest(split: Split) -> str:
     digest = hashlib.sha256(split.fingerprint()["sha256"].encode())
     for path in split.paths:
         digest.update(f"{path.name}\t{path.stat().st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
     return digest.hexdigest()
 
 

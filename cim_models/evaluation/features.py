@@ -1,8 +1,6 @@
 """Features of any number of images from any timm model, a batch at a time."""
 
-import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -13,16 +11,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import ConfigError, DataError
 from cim_models.hub.load import create_transform
 from cim_models.images import read_image
+from cim_models.workers import CORES, one_thread, usable_workers
 
 Pooling: TypeAlias = Literal["patches", "class", "both", "dense"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
 Picture: TypeAlias = str | Path | Image.Image
 
-DEFAULT_WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+DEFAULT_WORKERS = min(8, CORES)
 LONGEST = 16
 """Of a picture longer than this many times its width only the middle is read: evaluation crops a square from it."""
 
@@ -99,15 +99,15 @@ def extract(
     loader = DataLoader(
         _Pictures(images, transform or create_transform(model)),
         batch_size=batch_size,
-        num_workers=workers if len(images) > batch_size else 0,
+        num_workers=usable_workers(workers) if len(images) > batch_size else 0,
         collate_fn=_collate,
-        worker_init_fn=_one_thread,
+        worker_init_fn=one_thread,
         generator=torch.Generator(),
     )
     parameter = next(model.parameters())
     readable, reasons = 0, []
     with (
-        _evaluation_mode(model),
+        evaluation_mode(model),
         tqdm(desc=progress, total=len(images), unit="image", disable=None if progress else True) as bar,
     ):
         for indices, batch, unreadable in loader:
@@ -175,19 +175,3 @@ def _collate(samples: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor | 
     unreadable = {index: value for index, value in samples if isinstance(value, str)}
     pictures = {index: value for index, value in samples if isinstance(value, Tensor)}
     return torch.tensor(list(pictures)).long(), torch.stack([*pictures.values()]) if pictures else None, unreadable
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the modules that train into evaluation mode, and back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -34,6 +34,7 @@ from cim_models.hub.folder import BLANK, staging, write_folder
 from cim_models.hub.load import create_transform
 from cim_models.hub.store import Weights
 from cim_models.images import read_image
+from cim_models.workers import usable_workers
 
 PROTOCOL = "finetune-1"
 RESULT = "finetune.json"
@@ -268,7 +269,7 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64)
     failed: list[str] = []
     for images, labels, reasons in DataLoader(
-        pictures, config.device_batch, sampler=mine, num_workers=config.workers, collate_fn=collate,
+        pictures, config.device_batch, sampler=mine, num_workers=usable_workers(config.workers), collate_fn=collate,
         generator=torch.Generator(),
     ):  # fmt: skip
         failed += reasons

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.batches import collate, one_thread
+from cim_models.evaluation.batches import collate
 from cim_models.evaluation.decoders import LinearSegmenter, PyramidSegmenter, levels_of, resize
 from cim_models.evaluation.encoders import describe, find_weights, open_encoder, rebuilt
 from cim_models.evaluation.label_maps import IGNORED, Maps, MapSplit, augmentation, preparation, read_map, read_maps
@@ -23,6 +23,7 @@ from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
 from cim_models.evaluation.splits import hold_out
 from cim_models.evaluation.training import Task, check_new, fit, layer_groups
+from cim_models.workers import one_thread, usable_workers
 
 RESULT, BATCH = "segment.json", 16
 FROZEN = ("lr", "head_lr", "layer_decay", "weight_decay", "drop_path", "scale", "colour", "width", "short_side")
@@ -214,7 +215,7 @@ def evaluate(model: nn.Module, maps: Maps, accelerator: Accelerator, config: Tra
     classes = len(maps.palette.classes)
     confusion, loss = torch.zeros(classes, classes, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     for images, labels, _ in DataLoader(
-        maps, sampler=mine, num_workers=config.workers, collate_fn=collate, worker_init_fn=one_thread,
+        maps, sampler=mine, num_workers=usable_workers(config.workers), collate_fn=collate, worker_init_fn=one_thread,
         generator=torch.Generator(),
     ):  # fmt: skip
         with torch.no_grad():

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cim_models.errors import CheckpointError, ConfigError
-from cim_models.evaluation.batches import Example, Steps, collate, one_thread, step_seed
+from cim_models.evaluation.batches import Example, Steps, collate, step_seed
 from cim_models.evaluation.recipe import Plan, TrainConfig
 from cim_models.files import replacing
 from cim_models.precision import fast_bf16
 from cim_models.state import load_state, save_state
+from cim_models.workers import one_thread, usable_workers
 
 STATE, LOG = "last.pt", "training.jsonl"
 
@@ -115,7 +116,7 @@ def fit(
     loader = DataLoader(
         task.examples,
         batch_sampler=Steps(task.images, plan, config.seed, start, rank, processes),
-        num_workers=config.workers,
+        num_workers=usable_workers(config.workers),
         collate_fn=collate,
         worker_init_fn=one_thread,
         generator=torch.Generator(),

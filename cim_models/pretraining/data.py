@@ -7,7 +7,6 @@ depends on the number of workers or processes, and a run resumes at any step wit
 import copy
 import logging
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.pretraining.readers import Records, read_record
+from cim_models.workers import one_thread
 
 REPLACEMENTS = 100
 CROP_TRIES = 10
@@ -277,17 +277,9 @@ def in_order(pictures: Pictures, workers: int) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
 
 
-def usable_workers(wanted: int) -> int:
-    """No more readers than there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if wanted > cores:
-        logger.info("data.workers is %d, but there are %d cores: reading with as many", wanted, cores)
-    return min(wanted, cores)
-
-
 def start_worker(worker: int) -> None:
     """A reader has one thread, and leaves it to the training process to end it after a signal that both of them got."""
-    torch.set_num_threads(1)
+    one_thread(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))

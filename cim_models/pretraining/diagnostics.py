@@ -1,6 +1,5 @@
 """Is it learning? The numbers that say so, of a batch and of images that are held out, and what they mean in words."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -8,14 +7,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.backbones.tokens import encode
 from cim_models.pretext.measures import Prior, agreement
 from cim_models.pretext.model import CIM, Output
 from cim_models.pretext.views import Views, make_views
 from cim_models.pretraining.config import PretrainConfig
-from cim_models.pretraining.data import Pictures, generator, in_order, usable_workers
+from cim_models.pretraining.data import Pictures, generator, in_order
+from cim_models.workers import usable_workers
 
 SHARE, FEWEST, CHUNK = 20, 8, 64
 """One image of so many may be held out; fewer are not worth it; so many are diagnosed at once."""
@@ -161,18 +162,6 @@ def rankme(features: Tensor, epsilon: float = 1e-7) -> Tensor:
     values = torch.linalg.svdvals(features.float())
     shares = values / values.sum().clamp_min(epsilon) + epsilon
     return torch.exp(-(shares * shares.log()).sum())
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Puts the modules that train into evaluation mode, and back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @torch.no_grad()

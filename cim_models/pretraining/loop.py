@@ -28,13 +28,14 @@ from cim_models.pretext.views import Views, denormalise, make_views
 from cim_models.pretraining import checkpoint, schedules
 from cim_models.pretraining.cache import OnDevice, SharedMemory
 from cim_models.pretraining.config import PretrainConfig
-from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader, usable_workers
+from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
 from cim_models.pretraining.log import Log
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.processes import none_is_lost
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
+from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
 
