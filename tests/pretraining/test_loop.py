@@ -418,8 +418,8 @@ def test_no_more_readers_than_cores(photographs, configure, out, caplog):
     with caplog.at_level(logging.INFO, "cim_models"), warnings.catch_warnings():
         warnings.simplefilter("error")
         pretrain(config)
-    assert [r.message for r in caplog.records if "workers" in r.message] == [
-        f"data.workers is {cores + 5}, but there are {cores} cores: reading with as many"
+    assert [r.message for r in caplog.records if "readers" in r.message] == [
+        f"{cores + 5} readers are asked for, but there are {cores} cores: reading with as many"
     ]
 
 
