@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFilter
 ROOT = Path(__file__).resolve().parents[1]
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # the Hub's client reads it once, when timm imports it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, where tests send it all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(torch.get_num_threads(), 4))  # OMP_NUM_THREADS may ask for fewer
 
 

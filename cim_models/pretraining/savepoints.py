@@ -35,7 +35,8 @@ class SavePoints:
 
     def __enter__(self) -> "SavePoints":
         if threading.current_thread() is threading.main_thread():  # no other can have handlers
-            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as under nohup
+            self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

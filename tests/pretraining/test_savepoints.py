@@ -49,6 +49,19 @@ def test_only_the_first_process_has_a_clock_and_all_follow_it(clock, monkeypatch
         assert [point.received for point in points] == [signal.SIGTERM, signal.SIGTERM]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_the_process_ignores_is_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with SavePoints(PretrainConfig(), steps=1000) as points:
+            signal.raise_signal(number)
+            assert not points.reached(1)
+            points.end_if_asked()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_ends_the_run_after_its_save(number, error):
     before = signal.getsignal(number)
