@@ -1,7 +1,6 @@
 """A name, a folder or a file → an encoder that is ready to be measured, and what it is in words."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from cim_models.evaluation.checkpoints import load_checkpoint
 from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.names import parse_name
-from cim_models.hub.store import Weights, read_header, resolve
+from cim_models.hub.provenance import seen_by
+from cim_models.hub.store import Weights, resolve
 from cim_models.pretext.model import CIM
 
 DEFAULT_MODEL = "cim_vit_tiny"
 """An architecture whose newest released weights travel with the package."""
-LOG = "log.jsonl"
-"""What a run logs, and a release keeps."""
 
 
 def open_encoder(
@@ -98,7 +96,7 @@ def describe(
     """What was measured: enough to make the same encoder and its inputs again, as JSON.
 
     The sha256 is one over the names and the bytes of all tensors, whatever file they came from. `images_seen` and
-    `epoch` are those of the pretraining, where a log stands beside the weights.
+    `epoch` are those of the pretraining, all runs of it together, where a log stands beside the weights.
     """
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
@@ -112,23 +110,8 @@ def describe(
         "seed": seed if random_init else None,
         "weights_sha256": digest.hexdigest(),
         "transform": resolve_model_data_config(encoder),
-        **({} if random_init else _pretraining(Path(encoder.pretrained_cfg.get("file") or ""))),
+        **({} if random_init else seen_by(Path(encoder.pretrained_cfg.get("file") or ""))),
     }
-
-
-def _pretraining(file: Path) -> dict[str, Any]:
-    """How long a run or a release was pretrained, from the log beside its weights; nothing if there is none."""
-    log = file.parent / LOG
-    if file.suffix != ".safetensors" or not log.is_file():
-        return {}
-    seen = read_header(file).metadata.get("images_seen")
-    try:
-        records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise WeightsError(f"{log} is damaged: {error}") from error
-    steps = [record for record in records if "images_seen" in record and "epoch" in record]
-    steps = [record for record in steps if seen is None or record["images_seen"] <= int(seen)]
-    return {key: steps[-1][key] for key in ("images_seen", "epoch")} if steps else {}
 
 
 def _device(name: str | None) -> torch.device:

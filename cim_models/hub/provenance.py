@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from cim_models.errors import CheckpointError, WeightsError
 from cim_models.hub.card import LOG, RECIPE
 from cim_models.hub.store import Header, read_header
 
+CONFIG = "config.yaml"
+"""Of a run directory."""
 LOCAL = ("out", "resume", "init", "log_every", "save_every", "save_minutes", "keep", "tensorboard")
 """Settings of a run that say nothing about its result; folders of the machine, among others."""
 METADATA = {"architecture", "model_args", "pretext", "images_seen"}
@@ -68,14 +71,43 @@ def provenance_files(folder: Path) -> list[Path]:
     return sorted(path for name in (RECIPE, LOG) for path in folder.glob(name.replace(".", "*.")))
 
 
+def seen_by(file: Path) -> dict[str, float]:
+    """How long the encoder in a file was pretrained, by the logs beside it.
+
+    Args:
+        file: Of a run directory or a release folder.
+
+    Returns:
+        `images_seen` and `epoch`, of all runs that it came from together; nothing where there is no log.
+
+    Raises:
+        CheckpointError: If a log is damaged, or the directory of a run lacks a file.
+    """
+    folder = file.parent
+    if file.suffix != ".safetensors" or not (folder / LOG).is_file():
+        return {}
+    if (folder / CONFIG).is_file():
+        logs = [stage.log for stage in read_stages(folder, file.stem)]
+    else:
+        logs = [_log(path) for path in provenance_files(folder) if path.suffix == Path(LOG).suffix]
+    ends = [end for log in logs if (end := _end(log))]
+    return {key: sum(end[key] for end in ends) for key in ("images_seen", "epoch")} if ends else {}
+
+
+def _end(log: str) -> dict[str, Any]:
+    """The last line of a log that says how far the run was."""
+    records = [record for record in map(json.loads, log.splitlines()) if {"images_seen", "epoch"} <= record.keys()]
+    return records[-1] if records else {}
+
+
 def _read(run: Path, encoder: str) -> Stage:
-    names = (f"{encoder}.safetensors", "head.safetensors", "config.yaml", LOG)
+    names = (f"{encoder}.safetensors", "head.safetensors", CONFIG, LOG)
     missing = [name for name in names if not (run / name).is_file()]
     if missing:
         raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}")
     try:
         header = read_header(run / names[0])
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
     except (WeightsError, yaml.YAMLError, OSError, ValueError) as error:
         raise CheckpointError(f"{run}: {error}") from error
     lacking = METADATA - header.metadata.keys()
@@ -88,7 +120,7 @@ def _read(run: Path, encoder: str) -> Stage:
     return Stage(header, config, _log(run / LOG, int(header.metadata["images_seen"])))
 
 
-def _log(path: Path, images: int) -> str:
+def _log(path: Path, images: float = math.inf) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     try:
         records = [(line, json.loads(line)) for line in lines]

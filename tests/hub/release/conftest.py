@@ -47,7 +47,7 @@ def make_run(run: Path, architecture: str = "cim_vit_tiny", **args) -> CIM:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     records = [{"step": 3, "skipped": f"{run.parent}/private/me.jpg: truncated", "unreadable": 1}]
     for step in (100, 200):
-        numbers = dict(loss=40 / step, prior_loss=0.45, gap=0.246, iou=0.43, iou_shuffled=0.17)
+        numbers = dict(epoch=step / 100, loss=40 / step, prior_loss=0.45, gap=0.246, iou=0.43, iou_shuffled=0.17)
         records.append({"step": step, "images_seen": 384 * step, "images_per_second": 4.0, **numbers})
     (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run / "metrics.json").write_text(json.dumps(METRICS))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cim_models.errors import CheckpointError
-from cim_models.hub.provenance import read_stages, texts
+from cim_models.hub.provenance import read_stages, seen_by, texts
 from cim_models.hub.release import release
 from cim_models.pretraining.config import load_recipe
 
@@ -64,6 +64,13 @@ def test_runs_that_started_from_others(run, tmp_path, root):
     for name in ("recipe-1.yaml", "recipe.yaml"):
         assert load_recipe(folder / name).views.exemplars.count == 4
     assert "192,000 images" in (folder / "README.md").read_text()
+    for place in (third / "online.safetensors", folder / "model.safetensors"):
+        assert seen_by(place) == {"images_seen": 192000, "epoch": 5}
+
+
+def test_how_long_an_encoder_without_a_log_was_trained(run, tmp_path):
+    shutil.copy(run / "online.safetensors", tmp_path)
+    assert seen_by(tmp_path / "online.safetensors") == {} == seen_by(run / "last.pt")
 
 
 def test_a_start_that_is_gone(run, tmp_path, caplog):
