@@ -45,7 +45,14 @@ class VisionTransformer(TimmVisionTransformer):
     """
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
-        """Xavier-uniform projections (q, k and v apart), class token N(0, 0.02), fixed position embedding."""
+        """Xavier-uniform projections (q, k and v apart), class token N(0, 0.02), fixed position embedding.
+
+        On the meta device there is nothing to initialise.
+        """
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)
+        if self.patch_embed.proj.weight.is_meta:
+            return
         super().init_weights(mode or "moco", needs_reset)
         projection = self.patch_embed.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
@@ -54,9 +61,8 @@ class VisionTransformer(TimmVisionTransformer):
             nn.init.normal_(self.cls_token, std=0.02)
         if self.pos_embed is not None:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            embed = self.pos_embed.requires_grad_(False)
-            embed[:, :prefix] = 0
-            embed[0, prefix:] = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
+            self.pos_embed[:, :prefix] = 0
+            self.pos_embed[0, prefix:] = sincos_pos_embed(self.embed_dim, self.patch_embed.grid_size)
 
 
 def build_vit(name: str, **kwargs: Any) -> Any:

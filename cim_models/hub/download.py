@@ -1,14 +1,14 @@
 """A file that the manifest describes → a verified copy in the cache, from the first source that has it whole."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cim_models.errors import WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.cache import Cache, Damaged
 from cim_models.hub.entry import WeightFile
-from cim_models.hub.integrity import check_file
+from cim_models.hub.integrity import check_file, side_by_side
 from cim_models.hub.remote import AWAY, ONCE, Source, hub_file
 from cim_models.hub.waiting import IDLE, TOTAL, Patience, Unreachable
 
@@ -31,15 +31,19 @@ class Downloads:
         self.away: dict[Source, str] = {}
         self.patience = Patience(min(IDLE, TOTAL / max(len(self.sources), 1)))
 
-    def obtain(self, file: WeightFile) -> Path:
-        """A verified copy: one that was downloaded before, by us or by the Hub's own client, or a new one.
+    def obtain(self, files: Sequence[WeightFile]) -> dict[WeightFile, Path]:
+        """Verified copies: those that were downloaded before, by us or by the Hub's own client, or new ones.
 
         Raises:
             WeightsError: With what every source said.
         """
-        path = self.cache.find(file) or self._of_the_hub_client(file)
-        if path is not None:
-            return path
+        here = dict(zip(files, side_by_side(self._kept, files), strict=True))
+        return {file: path or self._download(file) for file, path in here.items()}
+
+    def _kept(self, file: WeightFile) -> Path | None:
+        return self.cache.find(file) or self._of_the_hub_client(file)
+
+    def _download(self, file: WeightFile) -> Path:
         name = Path(file.path).name
         if self.access.offline:
             raise WeightsError(f"{name} is not in {self.cache.folders[0]}, and requests are forbidden: {ONCE}")

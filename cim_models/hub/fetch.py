@@ -6,20 +6,21 @@ from pathlib import Path
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.card import render_card
-from cim_models.hub.folder import staging, write_config
+from cim_models.hub.folder import WHOLE, join, staging, write_config
 from cim_models.hub.integrity import check_file
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import provenance_files
-from cim_models.hub.store import from_path, resolve
+from cim_models.hub.store import resolve
 
 
-def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = None) -> Path:
+def fetch(name: str, /, *, to: Path, token: bool = False, whole: bool = False, root: Path | None = None) -> Path:
     """Makes a folder that any machine loads: CIM_MODELS_MIRROR=FOLDER for the id, or weights=FOLDER.
 
     Args:
         name: An id, an architecture for its newest weights, or hf-hub:org/name[@revision].
         to: The folder to make; one that holds this release already is made again.
         token: Show the Hub the token that is stored on this machine, for private repositories.
+        whole: The encoder as one file, too, which plain timm reads: it knows no weights in several files.
         root: Folder that holds weights_manifest.json and weights/; by default the package's.
 
     Returns:
@@ -46,10 +47,9 @@ def fetch(name: str, /, *, to: Path, token: bool = False, root: Path | None = No
         if entry.id in manifest.entries:
             for text in provenance_files(released):
                 shutil.copyfile(text, temporary / text.name)
-        labels = found.labels
-        if entry.num_classes and not labels and (released / "config.json").is_file():
-            labels = from_path(released).labels
-        write_config(temporary, entry, labels)
+        if whole and "backbone" in found.files:
+            join(found.files["backbone"], temporary / WHOLE)
+        write_config(temporary, entry, found.labels)
         (temporary / "README.md").write_text(render_card(entry, temporary), encoding="utf-8")
         install()
     return to

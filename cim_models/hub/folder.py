@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cim_models.backbones import VisionTransformer, build
@@ -33,6 +34,8 @@ NAMES = {"backbone": "model", "pretext": "pretext"}
 """Of the files, as the Hub has them: `model.safetensors`, or `model-00001-of-00002.safetensors` … and their index."""
 SHARD = 49_000_000
 """Bytes of tensors in a file, which stays below 50 MB with its header, unless one tensor alone has more."""
+WHOLE = "model.safetensors"
+"""An encoder in one file: the only name that plain timm knows."""
 BLANK: dict[str, Any] = dict(files=(), parameters=0, tensors=0, key_digest="", golden=())
 """Fields of an entry that `write_folder` fills in."""
 GOLDEN_ATOL = 1e-4
@@ -137,6 +140,14 @@ def _save(tensors: Mapping[str, Tensor], folder: Path, name: str) -> list[Path]:
     for path in paths:
         path.chmod(0o644)
     return paths
+
+
+def join(paths: Sequence[Path], file: Path) -> None:
+    """Writes the tensors of several safetensors files as one; the same bytes each time."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors |= load_file(path)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_config(folder: Path, entry: Entry, labels: Sequence[str] = ()) -> None:

@@ -103,7 +103,7 @@ def create_model(
         cfg: Any = model.pretrained_cfg
         size = kwargs["img_size"]
         cfg["input_size"] = (cfg["input_size"][0], *((size, size) if isinstance(size, int) else size))
-    return model.to(device=device)
+    return model if device is None else model.to(device=device)
 
 
 def create_pretext(
@@ -244,12 +244,11 @@ def _load_encoder(found: Weights, num_classes: int | None, dtype: torch.dtype, k
     if described is None:  # the file does not say, so it is what the caller says
         described = {key: value for key, value in kwargs.items() if key not in NOT_OF_A_MODEL}
     source_args = {**described, "pretrained_cfg": cfg, "num_classes": held}
-    with torch.device("meta"):
-        source = model = build(found.architecture, **source_args)
-        fit.compare(found, header, fit.specs_of(source.state_dict()))
-        if kwargs or wanted != held:
-            args = {"pretrained_model_args": dict(described), **source_args, **kwargs, "num_classes": wanted}
-            model = build(found.architecture, **args)
+    source = model = build(found.architecture, **source_args, device="meta")
+    fit.compare(found, header, fit.specs_of(source.state_dict()))
+    if kwargs or wanted != held:
+        args = {"pretrained_model_args": dict(described), **source_args, **kwargs, "num_classes": wanted}
+        model = build(found.architecture, **args, device="meta")
 
     prefix = next((p for p in ("model.", "body.") if all(key.startswith(p) for key in model.state_dict())), "")
     inner = model.get_submodule(prefix.rstrip("."))  # timm's feature extractors hold a model, or are its layers
@@ -265,7 +264,9 @@ def _load_encoder(found: Weights, num_classes: int | None, dtype: torch.dtype, k
     for key in [key for key in tensors if key not in expected]:
         if kwargs.get("features_only") or _root(key) in changed:
             del tensors[key]
-    fit.assign(inner, fit.adapt(found, tensors, inner, str(cfg.first_conv)), dtype)
+    if model is not source:
+        tensors = fit.adapt(found, tensors, inner, str(cfg.first_conv))
+    fit.assign(inner, tensors, dtype)
     return model
 
 

@@ -61,22 +61,32 @@ def publish(
     if id not in manifest.entries:
         raise ConfigError(f"there is no release {id!r}: `cim list` shows what there is, `cim release` makes one")
     entry = manifest.entries[id]
-    files = _files(manifest, entry)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _publish(manifest, entry, repo, private, dry_run, _files(manifest, entry, Path(temporary)))
+
+
+def _publish(
+    manifest: Manifest, entry: Entry, repo: str, private: bool, dry_run: bool, files: Mapping[str, Path]
+) -> str:
+    """Publishes files by name."""
     listing = [f"  {name}  {path.stat().st_size / 1e6:.2f} MB" for name, path in files.items()]
     if dry_run:
         return "\n".join(
-            [f"{id} would become one commit of {repo}, tagged {entry.tag}:", *listing, "Nothing was sent."]
+            [f"{entry.id} would become one commit of {repo}, tagged {entry.tag}:", *listing, "Nothing was sent."]
         )
-    with _errors(f"{id} to {repo}"):
+    with _errors(f"{entry.id} to {repo}"):
         commit = _upload(entry, repo, private, files)
         _verify(repo, commit, files)
         _tag(repo, entry.tag, commit)
     _record(manifest.root, entry, f"hf-hub:{repo}@{commit}")
-    return "\n".join([f"{id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
+    return "\n".join([f"{entry.id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
 
 
-def _files(manifest: Manifest, entry: Entry) -> dict[str, Path]:
-    """The files of a release folder by name, which are those of its entry."""
+def _files(manifest: Manifest, entry: Entry, temporary: Path) -> dict[str, Path]:
+    """The files of a release folder by name, which are those of its entry, and an encoder in several files as one, too.
+
+    Plain timm reads no other: the Hub takes files of any size, a repository of code does not.
+    """
     folder = manifest.root / "weights" / entry.id
     config = read_json(folder / "config.json")
     described = read_entry(config.get("cim_models"), f"{folder / 'config.json'}: cim_models")
@@ -84,7 +94,14 @@ def _files(manifest: Manifest, entry: Entry) -> dict[str, Path]:
         raise ConfigError(f"{folder / 'config.json'} differs from the manifest's entry: release it again")
     for file in entry.files:
         check_file(folder / Path(file.path).name, file)
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")}
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")}
+    shards = [folder / Path(file.path).name for file in entry.files if file.part == "backbone"]
+    if len(shards) > 1:
+        from cim_models.hub.folder import WHOLE, join
+
+        join(shards, temporary / WHOLE)
+        files[WHOLE] = temporary / WHOLE
+    return files
 
 
 def _upload(entry: Entry, repo: str, private: bool, files: Mapping[str, Path]) -> str:
@@ -155,7 +172,7 @@ def _verify(repo: str, commit: str, files: Mapping[str, Path]) -> None:
         for name, path in files.items():
             content = path.read_bytes()
             file = WeightFile(name, "backbone", len(content), hashlib.sha256(content).hexdigest())
-            downloads.obtain(file).unlink()
+            downloads.obtain([file])[file].unlink()
 
 
 def _tag(repo: str, tag: str, commit: str) -> None:

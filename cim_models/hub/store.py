@@ -1,15 +1,15 @@
 """A name or a path → files whose bytes are known to be right. Needs no torch.
 
 A released file is taken from the first place that holds it whole: the folder CIM_MODELS_MIRROR, the repository or the
-installed package, the cache of downloads, then the entry's sources on the network. Size and sha256 are compared with
-the manifest at every load.
+installed package, the cache of downloads; then on the network CIM_MODELS_MIRROR, where it is an address, and the
+entry's sources. Size and sha256 are compared with the manifest at every load.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
-from cim_models.hub.integrity import check_file
+from cim_models.hub.integrity import check_file, side_by_side
 from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.names import Name, parse_name
 
 MIRROR = "CIM_MODELS_MIRROR"
-"""Environment variable: a folder laid out like the repository, or a release folder."""
+"""Environment variable: a folder laid out like the repository, or a release folder; or the address of the former."""
 
 MODEL = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names of an encoder's files in a release folder; any of them stands for all."""
@@ -120,38 +120,48 @@ def released_files(entry: Entry, root: Path, access: Access | None = None) -> di
     Raises:
         WeightsError: Naming every copy that was found and what is wrong with it.
     """
-    mirror = os.environ.get(MIRROR)
-    if mirror and not Path(mirror).is_dir():
-        raise WeightsError(f"{MIRROR}={mirror} is not a folder: correct the variable or unset it")
-    downloads = None
-    files: dict[str, tuple[Path, ...]] = {}
-    for file in entry.files:
-        name = Path(file.path).name
-        places = [Path(mirror, place) for place in (file.path, f"{entry.id}/{name}", name)] if mirror else []
-        if not mirror or Path(mirror).resolve() != root.resolve():
-            places.append(root / file.path)
-        path, complaints = _first_good(places, file)
-        if path is None and remote(entry):
-            from cim_models.hub.download import Downloads
+    mirror = os.environ.get(MIRROR, "")
+    online = mirror.startswith(("http://", "https://"))
+    if mirror and not online and not Path(mirror).is_dir():
+        raise WeightsError(f"{MIRROR}={mirror} is neither a folder nor an address: correct the variable or unset it")
+    places = {file: _places(entry, file, root, None if online or not mirror else Path(mirror)) for file in entry.files}
+    found = dict(zip(entry.files, side_by_side(lambda file: _first_good(places[file], file), entry.files), strict=True))
+    paths = {file: path for file, (path, _) in found.items() if path is not None}
+    missing = [file for file in entry.files if file not in paths]
+    complaints = "; ".join(complaint for file in missing for complaint in found[file][1])
+    sources = [*([f"{mirror.rstrip('/')}/weights/{entry.id}"] if online else []), *remote(entry)]
+    if missing and sources:
+        from cim_models.hub.download import Downloads
 
-            downloads = downloads or Downloads(remote(entry), access or Access())
-            try:
-                path = downloads.obtain(file)
-            except WeightsError as error:
-                raise WeightsError(f"{entry.id}: {'; '.join([*complaints, str(error)])}") from error
-        if path is None:
-            found = "; ".join(complaints) or f"there is no {' nor '.join(map(str, places))}"
-            todo = f"install cim-models again, or set {MIRROR} to a folder that holds good copies"
-            raise WeightsError(f"{entry.id}: {found}; {todo}")
-        for complaint in complaints:
-            logger.warning("%s; used %s", complaint, path)
-        files[file.part] = (*files.get(file.part, ()), path)
-    return files
+        try:
+            paths |= Downloads(sources, access or Access()).obtain(missing)
+        except WeightsError as error:
+            raise WeightsError(f"{entry.id}: {complaints}{'; ' if complaints else ''}{error}") from error
+    elif missing:
+        said = complaints or f"there is no {' nor '.join(map(str, places[missing[0]]))}"
+        todo = f"install cim-models again, or set {MIRROR} to a folder that holds good copies"
+        raise WeightsError(f"{entry.id}: {said}; {todo}")
+    for file, (_, wrong) in found.items():
+        for complaint in wrong:
+            logger.warning("%s; used %s", complaint, paths[file])
+    return by_part(entry, paths)
+
+
+def by_part(entry: Entry, paths: Mapping[WeightFile, Path]) -> dict[str, tuple[Path, ...]]:
+    """The files of an entry by what they hold, in its order."""
+    return {part: tuple(paths[file] for file in entry.files if file.part == part) for part in entry.parts}
 
 
 def remote(entry: Entry) -> list[str]:
     """The sources of an entry that are on the network."""
     return [source for source in entry.sources if source != "repository"]
+
+
+def _places(entry: Entry, file: WeightFile, root: Path, mirror: Path | None) -> list[Path]:
+    """Where a file may be on this machine: in the mirror, laid out in one of three ways, and in the repository."""
+    name = Path(file.path).name
+    places = [mirror / place for place in (file.path, f"{entry.id}/{name}", name)] if mirror else []
+    return places if mirror and mirror.resolve() == root.resolve() else [*places, root / file.path]
 
 
 def _first_good(places: list[Path], file: WeightFile) -> tuple[Path | None, list[str]]:
@@ -231,7 +241,8 @@ def _from_manifest(given: Name, entry: Entry, root: Path, access: Access) -> Wei
     source = next((source for source in entry.sources if source.startswith("hf-hub:")), "")
     repository, _, commit = source.removeprefix("hf-hub:").partition("@")
     if given.revision in ("", commit):
-        return _from_entry(entry, released_files(entry, root, access), ours=True)
+        files = released_files(entry, root, access)
+        return replace(_from_entry(entry, files, ours=True), labels=_labels(entry, root, source, access))
     if not source:
         raise WeightsError(
             f"{given.id}@{given.revision}: {entry.id} is not on the Hub, so it has no revisions: leave it out"
@@ -240,6 +251,26 @@ def _from_manifest(given: Name, entry: Entry, root: Path, access: Access) -> Wei
     if found.entry is None or found.entry.id != entry.id:
         raise WeightsError(f"{found.name} holds {found.entry.id if found.entry else 'something else'}, not {entry.id}")
     return found
+
+
+def _labels(entry: Entry, root: Path, source: str, access: Access) -> tuple[str, ...]:
+    """Names of a released classifier's classes, which its config.json says: that of the repository, or of the Hub."""
+    path = root / "weights" / entry.id / "config.json"
+    if not entry.num_classes or not (path.is_file() or source):
+        return ()
+    if path.is_file():
+        content = path.read_bytes()
+    else:
+        from cim_models.hub.cache import Cache
+        from cim_models.hub.remote import Source, small_file
+        from cim_models.hub.waiting import Patience
+
+        try:
+            content = small_file(Source(source, access), "config.json", Cache(access), Patience())
+        except WeightsError as error:
+            logger.warning("%s: the names of its classes are not known: %s", entry.id, error)
+            return ()
+    return tuple(map(str, _parsed(content, f"config.json of {entry.id}").get("label_names", ())))
 
 
 def _from_hub(given: Name, access: Access) -> Weights:
@@ -254,8 +285,9 @@ def _from_hub(given: Name, access: Access) -> Weights:
     downloads.sources = [source]
     config = _parsed(small_file(source, "config.json", cache, patience), f"config.json of {source.name}")
 
-    def obtain(file: WeightFile) -> Path:
-        return downloads.obtain(file if file.size else described(source, file.path, cache, patience))
+    def obtain(files: Sequence[WeightFile]) -> list[Path]:
+        files = [file if file.size else described(source, file.path, cache, patience) for file in files]
+        return list(downloads.obtain(files).values())
 
     return _from_config(config, source.name, obtain, ours=True)
 
@@ -268,11 +300,14 @@ def _from_folder(folder: Path) -> Weights:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
 
-    def obtain(file: WeightFile) -> Path:
+    def look(file: WeightFile) -> Path:
         path = folder / Path(file.path).name
         if file.size:
             check_file(path, file)
         return path
+
+    def obtain(files: Sequence[WeightFile]) -> list[Path]:
+        return side_by_side(look, files)
 
     return _from_config(config, str(folder), obtain, ours=False)
 
@@ -290,7 +325,7 @@ def _parsed(content: bytes, where: str | Path) -> dict[str, Any]:
 def _from_config(
     config: dict[str, Any],
     name: str,
-    obtain: Callable[[WeightFile], Path],
+    obtain: Callable[[Sequence[WeightFile]], list[Path]],
     ours: bool,
 ) -> Weights:
     """What a config.json describes: by our entry in it, or as timm writes it.
@@ -298,7 +333,7 @@ def _from_config(
     Args:
         config: Parsed.
         name: Of the place, for messages.
-        obtain: Gives a verified file; one of size 0 is known by its name only.
+        obtain: Gives the verified files; one of size 0 is known by its name only.
         ours: Whether nobody else writes to the files.
     """
     labels = tuple(map(str, config.get("label_names", ())))
@@ -307,9 +342,7 @@ def _from_config(
             entry = read_entry(config["cim_models"], f"{os.path.join(name, 'config.json')}: cim_models")
         except ConfigError as error:
             raise WeightsError(str(error)) from error
-        files: dict[str, tuple[Path, ...]] = {}
-        for file in entry.files:
-            files[file.part] = (*files.get(file.part, ()), obtain(file))
+        files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
         return replace(_from_entry(entry, files, ours=ours, name=name), labels=labels)
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
@@ -317,7 +350,7 @@ def _from_config(
     return Weights(
         name=name,
         architecture=str(config.get("architecture")),
-        files={"backbone": (obtain(WeightFile("model.safetensors", "backbone", 0, "")),)},
+        files={"backbone": tuple(obtain([WeightFile("model.safetensors", "backbone", 0, "")]))},
         model_args=model_args,
         preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,
         labels=labels,

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,12 @@ def put_on_hub(hub: Loopback, manifest: Manifest, entry: Entry, repository: str 
     entry = dataclasses.replace(entry, sources=(f"hf-hub:{repository}@{commit}",))
     write_manifest(manifest.with_entry(entry))
     return entry
+
+
+@pytest.fixture
+def to_hub(hub) -> Callable[[Manifest, Entry], Entry]:
+    """`to_hub(manifest, entry)`: `put_on_hub`, on the Hub of this test."""
+    return partial(put_on_hub, hub)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from loopback import FOREVER, TOKEN, Loopback
 from cim_models.errors import WeightsError
 from cim_models.hub import download, waiting
 from cim_models.hub.access import Access
+from cim_models.hub.load import create_model
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.store import MIRROR, resolve
 
@@ -357,3 +359,34 @@ def test_another_endpoint_and_another_cache_for_one_call(hub, published, tmp_pat
         access = Access(endpoint=mirror.endpoint + "/", cache_dir=tmp_path / "elsewhere")
         assert read(resolve(entry.id, manifest=manifest, access=access)) == contents
         assert mirror.log and not hub.log and list((tmp_path / "elsewhere").rglob("*.safetensors"))
+
+
+def test_a_mirror_with_an_address(hub, everywhere, tmp_path, monkeypatch):
+    """It is laid out like the repository, and asked before the sources; what it lacks comes from them."""
+    manifest, entry, contents = everywhere
+    hub.files |= {f"mirror/weights/{entry.id}/model.safetensors": contents["model.safetensors"]}
+    monkeypatch.setenv(MIRROR, f"{hub.endpoint}/files/mirror/")
+    access = Access(cache_dir=tmp_path / "second", token=TOKEN)
+    assert read(resolve(entry.id, manifest=manifest, access=access)) == contents
+    asked = [request.path for request in hub.requests("GET /files/|GET .*resolve")]
+    assert [path.rpartition("/")[2] for path in asked] == ["model.safetensors", *2 * ["pretext.safetensors"]]
+    assert ["/files/mirror/" in path for path in asked] == [True, True, False]
+    assert not [request for request in hub.requests("/files/") if "authorization" in request.headers]
+
+
+def test_a_classifier_knows_its_classes(hub, release, to_hub, tmp_path, caplog):
+    """From the folder of the repository, and from the Hub; where nobody can be asked, the weights alone."""
+    manifest, entry = release("cim_vit_tiny.pets", num_classes=3)
+    config = manifest.root / "weights" / entry.id / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"label_names": ["cat", "dog", "owl"]}))
+    assert resolve(entry.id, manifest=manifest).labels == ("cat", "dog", "owl")
+    entry = to_hub(manifest, entry)
+    manifest = load_manifest(manifest.root)
+    for _ in range(2):
+        assert resolve(entry.id, manifest=manifest).labels == ("cat", "dog", "owl")
+        hub.stop()
+    model = create_model(entry.id, pretrained=True, manifest=manifest)
+    assert model.pretrained_cfg["label_names"] == ("cat", "dog", "owl")
+    for path in (tmp_path / "cache").rglob("config.json*"):
+        path.unlink()
+    assert resolve(entry.id, manifest=manifest).labels == () and "names of its classes are not known" in caplog.text

@@ -103,7 +103,7 @@ def test_a_damaged_mirror_is_passed_over_and_named(release, tmp_path, monkeypatc
         released_files(entry, manifest.root)
     assert str(bad) in str(caught.value) and str(good) in str(caught.value) and before in str(caught.value)
     monkeypatch.setenv(MIRROR, str(tmp_path / "nowhere"))
-    with pytest.raises(WeightsError, match=f"{MIRROR}=.*nowhere is not a folder"):
+    with pytest.raises(WeightsError, match=f"{MIRROR}=.*nowhere is neither a folder nor an address"):
         released_files(entry, manifest.root)
 
 

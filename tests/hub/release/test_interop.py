@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from loopback import TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cim_models.backbones import build
 from cim_models.hub import folder as folders
+from cim_models.hub.fetch import fetch
 from cim_models.hub.load import create_model, create_transform
 from cim_models.hub.manifest import load_manifest
+from cim_models.hub.publish import publish
 from cim_models.hub.release import release
 
 TIMM = """
@@ -141,15 +145,27 @@ def test_transformers(making, names, tmp_path):
             torch.testing.assert_close(output[f"{name} logits"], model(making.images()), rtol=0, atol=1e-6)
 
 
-def test_shards(making, run, root, tmp_path, monkeypatch):
-    """transformers reads their index; timm does not, and says so unless it is asked for another head."""
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in the Hub's client's own upload
+def test_shards(making, run, root, tmp_path, monkeypatch, hub):
+    """transformers reads their index; timm does not, so what is published, or fetched so, is one file, too."""
     monkeypatch.setattr(folders, "SHARD", 900_000)
-    made = release(run, id="cim_vit_tiny.t1", root=root, crop_pct=0.8)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    made = release(run, id="cim_vit_tiny.t1", root=root, licence="Apache-2.0", crop_pct=0.8)
     assert len(list(made.glob("model-*.safetensors"))) == 3
     with pytest.raises(RuntimeError, match="Missing key"):
         timm.create_model(f"local-dir:{made}", pretrained=True)
+    publish(made.name, repo="org/shards", root=root)
+    fetched = fetch(made.name, to=tmp_path / made.name, whole=True, root=root)
+    repository = hub.repositories["org/shards"]
+    assert {path.name for path in fetched.iterdir()} == {path.name for path in made.iterdir()} | {"model.safetensors"}
+    assert set(repository.commits[repository.branches["main"]]) - {".gitattributes"} == set(os.listdir(fetched))
+    expected = create_model("hf-hub:org/shards", token=TOKEN).eval()(making.images())
+    names = {"hf-hub:org/shards": made, f"local-dir:{fetched}": made}
+    output = outputs(making, TIMM, names, tmp_path)
+    for name in names:
+        torch.testing.assert_close(output[f"{name} before"], expected, rtol=0, atol=1e-6)
     pytest.importorskip("transformers", reason="needs transformers")
-    output = outputs(making, TRANSFORMERS, {f"local-dir:{made}": made}, tmp_path)
-    torch.testing.assert_close(
-        output[f"local-dir:{made}"], create_model(made).eval()(making.images()), rtol=0, atol=1e-6
-    )
+    names = {"hf-hub:org/shards": made, f"local-dir:{made}": made}
+    output = outputs(making, TRANSFORMERS, names, tmp_path)
+    for name in names:
+        torch.testing.assert_close(output[name], expected, rtol=0, atol=1e-6)
