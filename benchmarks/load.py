@@ -1,10 +1,11 @@
 """What a pretrained model costs: creation and load of a ViT-Base-size checkpoint, beside stock timm's way.
 
-    python benchmarks/load.py
+    python benchmarks/load.py [--dtype float16]
 
-Every time is that of one call in a fresh process, imports excluded, page cache warm, one thread; the rows take turns.
-On a busy machine look at the processor's seconds. The checkpoint is made for the occasion: a release in a temporary
-copy of the package. Outputs are compared in the first round, which fills the page cache and is not counted.
+Every time is that of one call in a fresh process, imports excluded, page cache warm, torch with one thread; checksums
+of shards take as many cores as there are. The rows take turns. On a busy machine look at the processor's seconds. The
+checkpoint is made for the occasion: a release in a temporary copy of the package; the model is float32, whatever the
+files hold. Outputs are compared in the first round, which fills the page cache and is not counted.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from cim_models.workers import CORES
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "cim_vit_base.benchmark"
@@ -54,7 +57,7 @@ if {compare}:
     print(hashlib.sha256(output.numpy().tobytes()).hexdigest())
 """
 RELEASE = f"""
-import dataclasses, hashlib, torch
+import torch
 from pathlib import Path
 from cim_models.backbones import build
 from cim_models.hub.entry import Entry
@@ -62,7 +65,7 @@ from cim_models.hub.folder import BLANK, preprocessing, write_folder
 from cim_models.hub.manifest import Manifest, write_manifest
 torch.manual_seed(0)
 entry = Entry(id="{ID}", architecture="cim_vit_base", model_args={{}}, num_classes=0, kind="backbone", encoder="online",
-    sources=("repository",), preprocessing=preprocessing(224, 0.9), pretext=None, dtype="float32", licence="none",
+    sources=("repository",), preprocessing=preprocessing(224, 0.9), pretext=None, dtype="DTYPE", licence="none",
     data=(), metrics=(), summary="Random numbers.", released="2026-01-01", **BLANK)
 folder = Path("weights/{ID}")
 folder.mkdir(parents=True)
@@ -82,8 +85,10 @@ def python(code: str, folder: Path) -> str:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float32", help="of the files")
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    options = parser.parse_args()
+    rounds = options.rounds
     seconds: dict[str, list[tuple[float, ...]]] = {}
     outputs = set()
     with tempfile.TemporaryDirectory() as name:
@@ -91,7 +96,7 @@ def main() -> None:
         ignore = shutil.ignore_patterns("__pycache__", "_data")
         shutil.copytree(ROOT / "cim_models", folder / "cim_models", ignore=ignore)
         (folder / "weights_manifest.json").write_text('{"version": 1, "entries": {}}')
-        python(RELEASE, folder)
+        python(RELEASE.replace("DTYPE", options.dtype), folder)
         megabytes = sum(path.stat().st_size for path in (folder / "weights" / ID).glob("*.safetensors")) / 1e6
         time.sleep(2.1)  # a file that has just changed is not remembered
         for number in range(rounds + 1):
@@ -103,7 +108,7 @@ def main() -> None:
                     outputs.update(output)
                     if number:
                         seconds.setdefault(call + memory, []).append(tuple(map(float, took.split())))
-    print(f"{megabytes:.0f} MB, medians of {rounds} fresh processes, one thread")
+    print(f"{megabytes:.0f} MB of {options.dtype}, medians of {rounds} fresh processes, {CORES} cores")
     print(f"{'':58}{'ms':>8}{'ratio':>7}{'ms of CPU':>12}{'ratio':>7}{'bar':>6}")
     medians = {
         row: [statistics.median(column) for column in zip(*times, strict=True)] for row, times in seconds.items()
