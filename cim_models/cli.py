@@ -1,13 +1,16 @@
 """`cim …`: parses, calls one function of the package, prints what it returns."""
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import inspect
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cim_models import __version__
@@ -52,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a `CimModelsError`, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
+
+    Raises:
+        SystemExit: By the parser, or with 143 on SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -59,9 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.addFilter(_Once())
     logging.basicConfig(format="cim: %(message)s", level=logging.WARNING, handlers=[handler])
-    logging.getLogger("cim_models").setLevel(logging.DEBUG if debug else logging.INFO)
+    level = logging.INFO if _first() else logging.ERROR
+    logging.getLogger("cim_models").setLevel(logging.DEBUG if debug else level)
     try:
-        code = _run(arguments)
+        with _orderly_end():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except CimModelsError as error:
@@ -77,6 +85,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _first() -> bool:
+    """Whether this process speaks for all that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Lets a process that is told to terminate, as launchers do when another one is gone, clean up first."""
+    main = threading.current_thread() is threading.main_thread()
+    changed = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if changed:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if changed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Once(logging.Filter):
@@ -106,7 +133,7 @@ def _run(arguments: list[str]) -> int:
     name = " ".join(arguments[: 2 if group else 1])
     if name in COMMANDS:
         result = _call(name, others[1:] if group else others)
-        if result is not None:
+        if result is not None and _first():
             print("\n".join(map(str, result)) if isinstance(result, (list, tuple)) else result)
         return 0
     spellings = {spelling: name for name in COMMANDS for spelling in (name, name.split()[-1])}

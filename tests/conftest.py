@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,24 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int]
         return made[n, size]
 
     return make
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`launch(program, *arguments)` runs a program in two processes of one torchrun, on the CPU, one thread each."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+
+    def run(program: str, *arguments: object) -> subprocess.CompletedProcess:
+        (tmp_path / "worker.py").write_text(program)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        changes = {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, tmp_path / "worker.py", *map(str, arguments)],
+            env={**os.environ, **changes}, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import shlex
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -220,3 +221,12 @@ def test_pretrain_does_not_write_over_a_run(photographs, small_run, capsys):
     arguments = ["pretrain", str(photographs(8, 64)), "--recipe", "cpu-demo", "--out", str(small_run)]
     code, out, err = usage(arguments, capsys)
     assert code == 1 and not out and "--resume" in err
+
+
+def test_a_command_that_is_terminated_cleans_up(tmp_path, photographs, small_run, monkeypatch, capsys):
+    monkeypatch.setattr("cim_models.evaluation.rows.RowWriter.finish", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    flags = ["--out", str(tmp_path / "out" / "f.safetensors"), "--workers", "0"]
+    code, out, _ = usage(["embed", str(photographs(8, 64)), "--model", str(small_run), *flags], capsys)
+    assert code == 143 and not out and not list((tmp_path / "out").iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before == signal.SIG_DFL

@@ -11,11 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cim_models.evaluation.features import DEFAULT_WORKERS, Features, Pooling, Precision, extract, extract_all
+from cim_models.evaluation.features import DEFAULT_WORKERS, NONE, Features, Pooling, Precision, extract, extract_all
 from cim_models.evaluation.rows import RowWriter
 from cim_models.evaluation.splits import Split
 from cim_models.files import replacing
 from cim_models.hub.digest import sha256
+from cim_models.processes import ALONE, Processes
 
 CHECKED = 8
 """Images whose features are computed again before a cache is used."""
@@ -36,6 +37,7 @@ def split_features(
     workers: int = DEFAULT_WORKERS,
     precision: Precision = "fp32",
     progress: str | None = None,
+    processes: Processes = ALONE,
 ) -> Features:
     """Extracts the features of a split, or takes them from a cache.
 
@@ -48,11 +50,16 @@ def split_features(
         about: `encoders.describe` of the encoder.
         cache: A folder, made if there is none; by default nothing is kept.
 
+    Returns:
+        The features; none in processes that are not the first.
+
     Raises:
         DataError: As `features.extract`.
         ConfigError: As `features.extract`, and if the cache cannot be written.
     """
-    options: dict[str, Any] = dict(batch_size=batch_size, workers=workers, precision=precision, progress=progress)
+    options: dict[str, Any] = dict(
+        batch_size=batch_size, workers=workers, precision=precision, progress=progress, processes=processes
+    )  # fmt: skip
     if cache is None:
         return extract_all(encoder, split.paths, pooling, **options)
     key = {
@@ -64,11 +71,11 @@ def split_features(
     }
     key = json.loads(json.dumps(key))
     folder = cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    stored = _read(folder, key)
-    if stored is not None:
-        if _still_true(encoder, split, stored, pooling, precision):
-            return stored
-        logger.warning("%s: images or encoder give other features than cached; extracted again", folder)
+    stored = _read(folder, key, encoder, split) if processes.first else None
+    if processes.by_first(lambda: stored is not None):
+        return stored or NONE
+    if not processes.first:
+        return extract_all(encoder, split.paths, pooling, **options)
     unreadable: dict[int, str] = {}
     file = folder / "features.safetensors"
     with replacing(file) as temporary, temporary.open("wb") as stream:
@@ -84,8 +91,8 @@ def split_features(
     return Features(_map(file), _readable(len(split.paths), unreadable), unreadable)
 
 
-def _read(folder: Path, key: Mapping[str, Any]) -> Features | None:
-    """The features in a folder of the cache; None if there are none, or not whole ones of this key."""
+def _read(folder: Path, key: Mapping[str, Any], encoder: nn.Module, split: Split) -> Features | None:
+    """The features in a folder of the cache; None if there are none, or not whole and true ones of this key."""
     file, about = folder / "features.safetensors", folder / "about.json"
     if not about.is_file():
         return None
@@ -99,6 +106,9 @@ def _read(folder: Path, key: Mapping[str, Any]) -> Features | None:
         stored = None
     if stored is None:
         logger.warning("%s: damaged; extracted again", folder)
+    elif not _still_true(encoder, split, stored, key["pooling"], key["precision"]):
+        logger.warning("%s: images or encoder give other features than cached; extracted again", folder)
+        return None
     return stored
 
 

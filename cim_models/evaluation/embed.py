@@ -1,18 +1,21 @@
 """Features of a folder in a file: written row by row, whatever the number of images, read by stock safetensors."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from torch import Tensor
 
 from cim_models.errors import DataError
 from cim_models.evaluation.encoders import DEFAULT_MODEL, describe, open_encoder
-from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision, extract
+from cim_models.evaluation.features import DEFAULT_WORKERS, Features, Pooling, Precision, extract
 from cim_models.evaluation.rows import RowWriter
 from cim_models.files import replacing
 from cim_models.images import find_images
+from cim_models.processes import launched
 
 
 @dataclass
@@ -51,7 +54,8 @@ def embed(
 
     `features.safetensors` holds the tensor `features` with a row for each image, and says in its metadata which model,
     weights, transform and pooling made it; `features.paths.jsonl` beside it holds the path of each row. Both appear
-    when they are complete.
+    when they are complete. Under torchrun or `accelerate launch` all processes extract and the first one writes the
+    same two files; all of them have to call it.
 
     Args:
         images: A folder, searched recursively, a text file with one path per line, or one image.
@@ -68,18 +72,26 @@ def embed(
         ConfigError: If the file cannot be written or the model has no such pooling.
         WeightsError: If the model cannot be loaded.
     """
+    processes = launched()
     files = find_images(images)
-    encoder = open_encoder(model, device=device)
+    encoder = open_encoder(model, device=device or processes.device)
     about = {**describe(encoder, model), "pooling": pooling, "precision": precision}
+    processes.check_same([about, files], f"{images} or {model}")
+    batches = extract(
+        encoder, files, pooling, batch_size=batch_size, workers=workers, precision=precision, progress="embed",
+        processes=processes,
+    )  # fmt: skip
+    if not processes.first:
+        list(batches)  # none: they go to the first process, which writes
+    return processes.by_first(lambda: _write(batches, files, out, about))
+
+
+def _write(batches: Iterable[Features], files: list[Path], out: Path, about: dict[str, Any]) -> Embedded:
+    """Writes features, and the path of each row, as they come."""
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     names = _paths_file(out)
     unreadable: list[str] = []
-    batches = extract(
-        encoder, files, pooling, batch_size=batch_size, workers=workers, precision=precision, progress="embed"
-    )
-    with (
-        replacing(out) as features, replacing(names) as texts, features.open("wb") as file, texts.open("wb") as lines
-    ):
+    with replacing(out) as features, replacing(names) as texts, features.open("wb") as file, texts.open("wb") as lines:
         rows = RowWriter(file, len(files), metadata)
         for batch in batches:
             if len(batch.indices):

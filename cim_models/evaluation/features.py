@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import ConfigError, DataError
 from cim_models.hub.load import create_transform
 from cim_models.images import read_image
+from cim_models.processes import ALONE, Processes
 from cim_models.workers import CORES, one_thread, usable_workers
 
 Pooling: TypeAlias = Literal["patches", "class", "both", "dense"]
@@ -38,6 +39,10 @@ class Features(NamedTuple):
     """(B,) int64: which of the given images each row is."""
     unreadable: dict[int, str]
     """Index of each image that could not be read, and why: it has no row."""
+
+
+NONE = Features(torch.empty(0), torch.empty(0, dtype=torch.long), {})
+"""Of no image."""
 
 
 def pool(model: Any, images: Tensor, pooling: Pooling = "patches") -> Tensor:
@@ -74,10 +79,12 @@ def extract(
     workers: int = DEFAULT_WORKERS,
     precision: Precision = "fp32",
     progress: str | None = None,
+    processes: Processes = ALONE,
 ) -> Iterator[Features]:
     """Streams features of images, in their order.
 
-    An image that cannot be read is skipped, named in a warning of the log and in the result.
+    An image that cannot be read is skipped, named in a warning of the log and in the result. Several processes take the
+    batches in turn, each the same ones as a single process would make, and the first yields all of them.
 
     Args:
         model: Any timm model; it runs where it is, in evaluation mode, and is left as it was.
@@ -88,51 +95,71 @@ def extract(
         workers: Processes that read images; none are started for a single batch.
         precision: `bf16` runs the encoder in bfloat16; features are float32 in any case.
         progress: Shows a bar of this name on a terminal.
+        processes: That share the work, each with the model, the same images and arguments; by default this one alone.
 
     Yields:
-        `Features` of up to `batch_size` images.
+        `Features` of up to `batch_size` images; nothing in processes that are not the first.
 
     Raises:
         DataError: If no image can be read, or a feature is not finite (naming the image).
         ConfigError: If the model has no such pooling.
+        CimModelsError: If another process has ended.
     """
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    mine = batches[processes.rank :: processes.count]
+    hidden = None if progress and processes.first else True
+    readable = 0
+    reasons: list[str] = []
+    with evaluation_mode(model), tqdm(desc=progress, total=len(images), unit="image", disable=hidden) as bar:
+        found = _features(model, images, mine, pooling, transform or create_transform(model), workers, precision)
+        for _ in batches[:: processes.count]:
+            for features in processes.gather(next(found, None)):
+                if features is None:
+                    continue
+                for reason in features.unreadable.values():
+                    logger.warning("skipped %s", reason)
+                reasons += features.unreadable.values()
+                readable += len(features.indices)
+                yield features
+                bar.update(len(features.indices) + len(features.unreadable))
+    if processes.first and not readable:
+        raise DataError(f"none of {len(images)} images can be read" + (f"; the first: {reasons[0]}" if reasons else ""))
+
+
+def _features(
+    model: nn.Module,
+    images: Sequence[Picture],
+    batches: list[range],
+    pooling: Pooling,
+    transform: Transform,
+    workers: int,
+    precision: Precision,
+) -> Iterator[Features]:
+    """The features of some batches, given by their indices, in this process."""
     loader = DataLoader(
-        _Pictures(images, transform or create_transform(model)),
-        batch_size=batch_size,
-        num_workers=usable_workers(workers) if len(images) > batch_size else 0,
+        _Pictures(images, transform),
+        batch_sampler=cast(Any, batches),
+        num_workers=usable_workers(workers) if len(batches) > 1 else 0,
         collate_fn=_collate,
         worker_init_fn=one_thread,
         generator=torch.Generator(),
     )
     parameter = next(model.parameters())
-    readable, reasons = 0, []
-    with (
-        evaluation_mode(model),
-        tqdm(desc=progress, total=len(images), unit="image", disable=None if progress else True) as bar,
-    ):
-        for indices, batch, unreadable in loader:
-            reasons += unreadable.values()
-            for reason in unreadable.values():
-                logger.warning("skipped %s", reason)
-            if batch is not None:
-                with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, precision == "bf16"):
-                    features = pool(model, batch.to(parameter.device, parameter.dtype), pooling).float().cpu()
-                broken = ~features.flatten(1).isfinite().all(dim=1)
-                if broken.any():
-                    image = images[int(indices[broken][0])]
-                    raise DataError(f"{image}: the encoder's features of this image are not finite; check the weights")
-                readable += len(indices)
-                yield Features(features, indices, unreadable)
-            elif unreadable:
-                yield Features(torch.empty(0), indices, unreadable)
-            bar.update(len(indices) + len(unreadable))
-    if not readable:
-        raise DataError(f"none of {len(images)} images can be read" + (f"; the first: {reasons[0]}" if reasons else ""))
+    for indices, batch, unreadable in loader:
+        features = torch.empty(0)
+        if batch is not None:
+            with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, precision == "bf16"):
+                features = pool(model, batch.to(parameter.device, parameter.dtype), pooling).float().cpu()
+            broken = ~features.flatten(1).isfinite().all(dim=1)
+            if broken.any():
+                image = images[int(indices[broken][0])]
+                raise DataError(f"{image}: the encoder's features of this image are not finite; check the weights")
+        yield Features(features, indices, unreadable)
 
 
 def extract_all(model: nn.Module, images: Sequence[Picture], *args: Any, **options: Any) -> Features:
     """Collects `extract` in memory, with the same arguments and errors."""
-    features, count, indices, unreadable = torch.empty(0), 0, [], {}
+    features, count, indices, unreadable = NONE.features, 0, [NONE.indices], {}
     for batch in extract(model, images, *args, **options):
         unreadable.update(batch.unreadable)
         if len(batch.indices):

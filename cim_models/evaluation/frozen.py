@@ -12,6 +12,7 @@ from cim_models.evaluation.cache import split_features
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import Pooling, Precision
 from cim_models.evaluation.splits import Split, check_same_classes, read_split
+from cim_models.processes import Processes, launched
 
 
 @dataclass
@@ -26,7 +27,10 @@ class Labelled:
 
 @dataclass
 class Frozen:
-    """Two splits as an encoder sees them, and all that a report says of that."""
+    """Two splits as an encoder sees them, and all that a report says of that.
+
+    Under a launcher all processes have extracted them, and the first one has them.
+    """
 
     train: Labelled
     val: Labelled
@@ -36,6 +40,8 @@ class Frozen:
     model: dict[str, Any]
     data: dict[str, dict[str, Any]]
     settings: dict[str, Any]
+    processes: Processes
+    """Of which the first one has the features."""
 
 
 def frozen_features(
@@ -69,12 +75,15 @@ def frozen_features(
         name: read_split(source, limit_per_class) for name, source in (("train", train), ("val", val))
     }
     check_same_classes(splits["train"], splits["val"])
+    processes = launched()
     encoder = open_encoder(
-        model, weights=weights, random_init=random_init, seed=seed, image_size=image_size, device=device
-    )
+        model, weights=weights, random_init=random_init, seed=seed, image_size=image_size,
+        device=device or processes.device,
+    )  # fmt: skip
     about = describe(encoder, model, random_init, weights=weights, seed=seed)
     labelled, data = {}, {}
     for name, split in splits.items():
+        processes.check_same([about, split.paths], f"{split.source} or {model}")
         found = split_features(
             encoder,
             split,
@@ -85,9 +94,10 @@ def frozen_features(
             workers=workers,
             precision=precision,
             progress=name,
+            processes=processes,
         )
         labels = split.labels[found.indices]
-        for label in set(range(len(split.classes))) - set(labels.tolist()):
+        for label in set(range(len(split.classes))) - set(labels.tolist()) if processes.first else ():
             reason = found.unreadable[int((split.labels == label).nonzero()[0])]
             raise DataError(f"{reason}; no image of the class {split.classes[label]!r} in {split.source} can be read")
         labelled[name] = Labelled(found.features, labels)
@@ -103,4 +113,5 @@ def frozen_features(
         model=about,
         data=data,
         settings={"augmentation": None, "pooling": pooling, "precision": precision, "seed": seed},
+        processes=processes,
     )

@@ -182,24 +182,28 @@ def knn(
         limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
         precision=precision, cache=cache,
     )  # fmt: skip
-    features, labels = frozen.train.features, frozen.train.labels
-    usable = tuple(k for k in ks if k <= len(features))
-    if not usable:
-        raise DataError(f"{train}: {len(features)} images are too few for k={min(ks)}; give a smaller k")
-    queries = frozen.val.features.to(frozen.device)
-    accuracies = knn_accuracy(features, labels, queries, frozen.val.labels, usable, temperature)
-    report = Report(
-        protocol=variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
-        model=frozen.model,
-        data=frozen.data,
-        settings={**frozen.settings, "similarity": "cosine", "temperature": temperature},
-        result={
-            "metric": "top-1",
-            "scores": {f"k={k}": accuracy for k, accuracy in accuracies.items()},
-            "headline": accuracies.get(HEADLINE),
-            "chance": 1 / len(frozen.classes),
-        },
-        command=command,
-    )
-    report.save(out)
-    return report
+
+    def measure() -> Report:
+        features, labels = frozen.train.features, frozen.train.labels
+        usable = tuple(k for k in ks if k <= len(features))
+        if not usable:
+            raise DataError(f"{train}: {len(features)} images are too few for k={min(ks)}; give a smaller k")
+        queries = frozen.val.features.to(frozen.device)
+        accuracies = knn_accuracy(features, labels, queries, frozen.val.labels, usable, temperature)
+        report = Report(
+            protocol=variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
+            model=frozen.model,
+            data=frozen.data,
+            settings={**frozen.settings, "similarity": "cosine", "temperature": temperature},
+            result={
+                "metric": "top-1",
+                "scores": {f"k={k}": accuracy for k, accuracy in accuracies.items()},
+                "headline": accuracies.get(HEADLINE),
+                "chance": 1 / len(frozen.classes),
+            },
+            command=command,
+        )
+        report.save(out)
+        return report
+
+    return frozen.processes.by_first(measure)

@@ -96,55 +96,59 @@ def linear(
         limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
         precision=precision, cache=cache,
     )  # fmt: skip
-    features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
-    try:
-        kept, held = hold_out(labels, HELD_OUT, seed)
-    except DataError as error:
-        raise DataError(f"{train}: {error}") from error
 
-    def fit(rows: Tensor | slice, grid: Sequence[float]) -> list[Heads]:
-        examples = features[rows], labels[rows], classes
-        if quick:
-            return [fit_lbfgs(*examples, penalty, device=frozen.device) for penalty in grid]
-        order: dict[str, Any] = dict(epochs=epochs, batch_size=BATCH, momentum=MOMENTUM, seed=seed)
-        with tqdm(desc="linear", total=epochs, unit="epoch", disable=None) as bar:
-            return [fit_sgd(*examples, grid, **order, device=frozen.device, progress=bar.update)]
+    def measure() -> Report:
+        features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
+        try:
+            kept, held = hold_out(labels, HELD_OUT, seed)
+        except DataError as error:
+            raise DataError(f"{train}: {error}") from error
 
-    grid = PENALTIES if quick else tuple(sorted(lrs))
-    tried = [a for heads in fit(kept, grid) for a in heads.accuracies(features[held], labels[held])]
-    chosen = grid[tried.index(max(tried))]
-    if len(grid) > 1 and chosen in (grid[0], grid[-1]):
-        logger.warning("the best of %s is the outermost, %g: a better one may lie beyond", grid, chosen)
-    (heads,) = fit(slice(None), [chosen])
-    tops = (1, 5) if classes > 5 else (1,)
-    scores = {f"top-{k}": heads.accuracies(frozen.val.features, frozen.val.labels, k)[0] for k in tops}
+        def fit(rows: Tensor | slice, grid: Sequence[float]) -> list[Heads]:
+            examples = features[rows], labels[rows], classes
+            if quick:
+                return [fit_lbfgs(*examples, penalty, device=frozen.device) for penalty in grid]
+            order: dict[str, Any] = dict(epochs=epochs, batch_size=BATCH, momentum=MOMENTUM, seed=seed)
+            with tqdm(desc="linear", total=epochs, unit="epoch", disable=None) as bar:
+                return [fit_sgd(*examples, grid, **order, device=frozen.device, progress=bar.update)]
 
-    name = "penalty" if quick else "lr"
-    sgd = {"epochs": epochs, "lrs": tuple(sorted(lrs))}
-    report = Report(
-        protocol=QUICK if quick else variant(PROTOCOL, {"epochs": EPOCHS, "lrs": LRS}, sgd),
-        model=frozen.model,
-        data=frozen.data,
-        settings={
-            **frozen.settings,
-            "normalisation": "batch normalisation without affine, statistics of the training set",
-            **(
-                {"optimiser": "L-BFGS", "penalties": PENALTIES}
-                if quick
-                else {"optimiser": "SGD", "momentum": MOMENTUM, "weight_decay": 0, "schedule": "cosine",
-                      "batch_size": BATCH, **sgd}
-            ),
-            "held_out": HELD_OUT,
-        },
-        result={
-            "metric": "accuracy",
-            "scores": scores,
-            "headline": scores["top-1"],
-            "chance": 1 / classes,
-            name: chosen,
-            "held_out_top1": {f"{value:g}": accuracy for value, accuracy in zip(grid, tried, strict=True)},
-        },
-        command=command,
-    )  # fmt: skip
-    report.save(out)
-    return report
+        grid = PENALTIES if quick else tuple(sorted(lrs))
+        tried = [a for heads in fit(kept, grid) for a in heads.accuracies(features[held], labels[held])]
+        chosen = grid[tried.index(max(tried))]
+        if len(grid) > 1 and chosen in (grid[0], grid[-1]):
+            logger.warning("the best of %s is the outermost, %g: a better one may lie beyond", grid, chosen)
+        (heads,) = fit(slice(None), [chosen])
+        tops = (1, 5) if classes > 5 else (1,)
+        scores = {f"top-{k}": heads.accuracies(frozen.val.features, frozen.val.labels, k)[0] for k in tops}
+
+        name = "penalty" if quick else "lr"
+        sgd = {"epochs": epochs, "lrs": tuple(sorted(lrs))}
+        report = Report(
+            protocol=QUICK if quick else variant(PROTOCOL, {"epochs": EPOCHS, "lrs": LRS}, sgd),
+            model=frozen.model,
+            data=frozen.data,
+            settings={
+                **frozen.settings,
+                "normalisation": "batch normalisation without affine, statistics of the training set",
+                **(
+                    {"optimiser": "L-BFGS", "penalties": PENALTIES}
+                    if quick
+                    else {"optimiser": "SGD", "momentum": MOMENTUM, "weight_decay": 0, "schedule": "cosine",
+                          "batch_size": BATCH, **sgd}
+                ),
+                "held_out": HELD_OUT,
+            },
+            result={
+                "metric": "accuracy",
+                "scores": scores,
+                "headline": scores["top-1"],
+                "chance": 1 / classes,
+                name: chosen,
+                "held_out_top1": {f"{value:g}": accuracy for value, accuracy in zip(grid, tried, strict=True)},
+            },
+            command=command,
+        )  # fmt: skip
+        report.save(out)
+        return report
+
+    return frozen.processes.by_first(measure)

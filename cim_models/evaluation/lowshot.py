@@ -91,46 +91,52 @@ def lowshot(
         limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
         precision=precision, cache=cache,
     )  # fmt: skip
-    features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
-    smallest = int(labels.bincount(minlength=classes).min())
-    usable = [n for n in shots if n <= smallest]
-    if len(usable) < len(shots):
-        logger.warning("%s: a class has %d images, so larger numbers of shots are left out", train, smallest)
-    budgets: dict[str, float | int] = {f"{100 * share:g}%": float(share) for share in shares}
-    budgets |= {f"{n} per class": n for n in usable}
-    if not budgets:
-        raise DataError(f"{train}: a class has {smallest} images, too few for shots={shots}; give a smaller number")
 
-    penalty_of = features.shape[1] / STRENGTH
-    scores: dict[str, list[float]] = {name: [] for name in budgets}
-    images: dict[str, int] = {}
-    with tqdm(desc="lowshot", total=draws * len(budgets), unit="fit", disable=None) as bar:
-        for draw in range(draws):
-            for name, count in budgets.items():
-                rows = draw_per_class(labels, count, seed * 1000 + draw)
-                images[name] = len(rows)
-                heads = fit_lbfgs(features[rows], labels[rows], classes, penalty_of / len(rows), device=frozen.device)
-                scores[name] += heads.accuracies(frozen.val.features, frozen.val.labels)
-                bar.update()
-    report = Report(
-        protocol=variant(PROTOCOL, {"draws": DRAWS}, {"draws": draws}),
-        model=frozen.model,
-        data=frozen.data,
-        settings={
-            **frozen.settings,
-            "normalisation": "batch normalisation without affine, statistics of the drawn images",
-            "optimiser": "L-BFGS",
-            "penalty": f"features / ({STRENGTH:g} images)",
-            "draws": draws,
-        },
-        result={
-            "metric": "top-1",
-            "scores": scores,
-            "headline": mean(scores[HEADLINE]) if HEADLINE in scores else None,
-            "chance": 1 / classes,
-            "images": images,
-        },
-        command=command,
-    )
-    report.save(out)
-    return report
+    def measure() -> Report:
+        features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
+        smallest = int(labels.bincount(minlength=classes).min())
+        usable = [n for n in shots if n <= smallest]
+        if len(usable) < len(shots):
+            logger.warning("%s: a class has %d images, so larger numbers of shots are left out", train, smallest)
+        budgets: dict[str, float | int] = {f"{100 * share:g}%": float(share) for share in shares}
+        budgets |= {f"{n} per class": n for n in usable}
+        if not budgets:
+            raise DataError(f"{train}: a class has {smallest} images, too few for shots={shots}; give a smaller number")
+
+        penalty_of = features.shape[1] / STRENGTH
+        scores: dict[str, list[float]] = {name: [] for name in budgets}
+        images: dict[str, int] = {}
+        with tqdm(desc="lowshot", total=draws * len(budgets), unit="fit", disable=None) as bar:
+            for draw in range(draws):
+                for name, count in budgets.items():
+                    rows = draw_per_class(labels, count, seed * 1000 + draw)
+                    images[name] = len(rows)
+                    heads = fit_lbfgs(
+                        features[rows], labels[rows], classes, penalty_of / len(rows), device=frozen.device
+                    )
+                    scores[name] += heads.accuracies(frozen.val.features, frozen.val.labels)
+                    bar.update()
+        report = Report(
+            protocol=variant(PROTOCOL, {"draws": DRAWS}, {"draws": draws}),
+            model=frozen.model,
+            data=frozen.data,
+            settings={
+                **frozen.settings,
+                "normalisation": "batch normalisation without affine, statistics of the drawn images",
+                "optimiser": "L-BFGS",
+                "penalty": f"features / ({STRENGTH:g} images)",
+                "draws": draws,
+            },
+            result={
+                "metric": "top-1",
+                "scores": scores,
+                "headline": mean(scores[HEADLINE]) if HEADLINE in scores else None,
+                "chance": 1 / classes,
+                "images": images,
+            },
+            command=command,
+        )
+        report.save(out)
+        return report
+
+    return frozen.processes.by_first(measure)

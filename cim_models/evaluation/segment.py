@@ -23,6 +23,7 @@ from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
 from cim_models.evaluation.splits import hold_out
 from cim_models.evaluation.training import Task, check_new, fit, layer_groups
+from cim_models.processes import launched
 from cim_models.workers import one_thread, usable_workers
 
 RESULT, BATCH = "segment.json", 16
@@ -98,6 +99,7 @@ def segment(
     splits = {name: read_maps(data, name) for name in ("train", "val")}
     used, held = _hold_out(splits["train"], config)
 
+    launched()
     accelerator = Accelerator(mixed_precision="no")
     plan = make_plan(config, len(used), accelerator.num_processes, most=BATCH)
     found = find_weights(model, weights)

@@ -24,6 +24,7 @@ from cim_models.evaluation.batches import Example, Steps, collate, step_seed
 from cim_models.evaluation.recipe import Plan, TrainConfig
 from cim_models.files import replacing
 from cim_models.precision import fast_bf16
+from cim_models.processes import none_is_lost
 from cim_models.state import load_state, save_state
 from cim_models.workers import one_thread, usable_workers
 
@@ -128,7 +129,7 @@ def fit(
     bar = tqdm(
         total=plan.steps, initial=start, unit_scale=plan.batch, unit="image", disable=None if rank == 0 else True
     )
-    with bar:
+    with none_is_lost(processes), bar:
         for step, (inputs, targets, unreadable) in enumerate(loader, start):
             scheduler.step_update(step + 1)
             failed += unreadable

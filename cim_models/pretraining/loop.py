@@ -32,9 +32,9 @@ from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, bat
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
 from cim_models.pretraining.log import Log
 from cim_models.pretraining.nonfinite import check_finite
-from cim_models.pretraining.processes import none_is_lost
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
+from cim_models.processes import launched, none_is_lost
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
         raise ConfigError(f"{directory} holds a run; give --resume to go on with it, or another --out")
 
     # One process of the run, its images, and how many steps they make
+    launched()
     accelerator = Accelerator(
         mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )

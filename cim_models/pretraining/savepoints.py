@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from cim_models.pretraining.config import PretrainConfig
-from cim_models.pretraining.processes import agreement
+from cim_models.processes import agreement
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TIME = 1
