@@ -91,18 +91,18 @@ ALONE = Processes()
 
 @functools.cache
 def launched() -> Processes:
-    """The processes that torchrun or `accelerate launch` started, or this one alone.
-
-    Called before an `Accelerator` is made, it also lets that one know of processes without GPUs, of which Accelerate
-    would otherwise take each for the only one under torchrun.
-    """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not (alone or torch.cuda.is_available()))
+    """The processes that torchrun or `accelerate launch` started, or this one alone."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or without_gpus())
     if state.num_processes == 1:
         return ALONE
     atexit.register(state.destroy_process_group)
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes, str(state.device), group)
+
+
+def without_gpus() -> bool:
+    """Whether several processes were started where there is no GPU: told so, Accelerate takes none for the only one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
 
 
 def agreement(processes: int) -> Callable[[int], int]:

@@ -11,10 +11,12 @@ from cim_models.evaluation.lowshot import lowshot
 from cim_models.evaluation.quickstart import quickstart
 from cim_models.evaluation.report import report
 from cim_models.evaluation.segment import SegmentConfig, segment
+from cim_models.evaluation.segmenters import Segmenter, load_segmenter
 
 __all__ = [
     "FinetuneConfig",
     "SegmentConfig",
+    "Segmenter",
     "correlation",
     "embed",
     "extract",
@@ -23,6 +25,7 @@ __all__ = [
     "knn",
     "linear",
     "load_features",
+    "load_segmenter",
     "locate",
     "lowshot",
     "pool",

@@ -34,7 +34,7 @@ from cim_models.hub.folder import BLANK, staging, write_folder
 from cim_models.hub.load import create_transform
 from cim_models.hub.store import Weights
 from cim_models.images import read_image
-from cim_models.processes import launched
+from cim_models.processes import without_gpus
 from cim_models.workers import usable_workers
 
 PROTOCOL = "finetune-1"
@@ -121,8 +121,7 @@ def finetune(
     used, held = _hold_out(splits["train"], config)
     classes = splits["train"].classes
 
-    launched()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(cpu=without_gpus(), mixed_precision="no")
     plan = make_plan(config, len(used), accelerator.num_processes, even=bool(config.mixup or config.cutmix))
     found = find_weights(model, weights)
     encoder: Any = open_encoder(

@@ -3,27 +3,26 @@
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timm.data import resolve_model_data_config
-from timm.models import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.batches import collate
-from cim_models.evaluation.decoders import LinearSegmenter, PyramidSegmenter, levels_of, resize
-from cim_models.evaluation.encoders import describe, find_weights, open_encoder, rebuilt
+from cim_models.evaluation.decoders import PyramidSegmenter, resize
+from cim_models.evaluation.encoders import describe, find_weights, open_encoder
 from cim_models.evaluation.label_maps import IGNORED, Maps, MapSplit, augmentation, preparation, read_map, read_maps
 from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
+from cim_models.evaluation.segmenters import Head, build_segmenter, design_of, save_segmenter
 from cim_models.evaluation.splits import hold_out
 from cim_models.evaluation.training import Task, check_new, fit, layer_groups
-from cim_models.processes import launched
+from cim_models.processes import without_gpus
 from cim_models.workers import one_thread, usable_workers
 
 RESULT, BATCH = "segment.json", 16
@@ -65,7 +64,7 @@ def segment(
     /,
     out: Path,
     *,
-    head: Literal["linear", "pyramid"] = "linear",
+    head: Head = "linear",
     weights: str | None = None,
     random_init: bool = False,
     config: SegmentConfig = DEFAULT,
@@ -80,7 +79,7 @@ def segment(
         model: Name of a model or of released weights, a release folder, a run directory, or any model of timm.
         data: Folder with `train` and `val`, the label maps of both in `trainannot` and `valannot`, and `classes.txt`,
             a line `number<TAB>name` for each class.
-        out: Run directory, for the checkpoint, the log and segment.json.
+        out: Run directory, for the checkpoint, the log, segment.json, and the best weights for `load_segmenter`.
         head: `linear` on the frozen encoder, or `pyramid`, a simple decoder on several of its levels, with all trained.
         weights: Take these instead: for a model of timm a checkpoint file of any method.
         random_init: Random weights in the same architecture.
@@ -99,21 +98,21 @@ def segment(
     splits = {name: read_maps(data, name) for name in ("train", "val")}
     used, held = _hold_out(splits["train"], config)
 
-    launched()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(cpu=without_gpus(), mixed_precision="no")
     plan = make_plan(config, len(used), accelerator.num_processes, most=BATCH)
     found = find_weights(model, weights)
     encoder: Any = open_encoder(model, weights=weights, random_init=random_init, seed=config.seed, device="cpu")
     described = describe(encoder, model, random_init, weights=weights, seed=config.seed)
-    segmenter, groups = build_segmenter(encoder, (found and found.model_args) or {}, head, splits["train"], config)
+    model_args, classes = (found and found.model_args) or {}, splits["train"].palette.classes
+    design = design_of(encoder, model_args, head, classes, config.width, config.short_side)
+    segmenter = build_segmenter(encoder, design, config.drop_path, config.seed)
     crop = config.crop or _size(splits["train"])
-    transform = resolve_model_data_config(encoder)
-    whole = partial(Maps, transform=preparation(config.short_side, transform["mean"], transform["std"]))
-    augment = augmentation(crop, config.scale, config.colour, transform["mean"], transform["std"])
+    whole = partial(Maps, transform=preparation(config.short_side, design.mean, design.std))
+    augment = augmentation(crop, config.scale, config.colour, design.mean, design.std)
     choosing, testing = whole(splits["train"], held), whole(splits["val"], range(len(splits["val"].pictures)))
     task = Task(
         segmenter.to(accelerator.device),
-        groups,
+        parameter_groups(segmenter, config),
         Maps(splits["train"], used, augment, config.seed),
         len(used),
         pixel_loss,
@@ -125,10 +124,10 @@ def segment(
     protocol = variant(f"segment-{head}-1", {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     run = {"protocol": protocol, "weights_sha256": described["weights_sha256"], "train": sources["train"]["sha256"]}
     trained = fit(task, config, plan, accelerator, out, run, resume)
-    segmenter.load_state_dict(trained.best or trained.last)
+    best = trained.best or trained.last
+    segmenter.load_state_dict(best)
     confusion, loss = evaluate(segmenter.eval(), testing, accelerator, config)
     ious = intersection_over_union(confusion)
-    classes = splits["train"].palette.classes
     report = Report(
         protocol=protocol,
         model=described,
@@ -164,34 +163,22 @@ def segment(
         command=command,
     )
     if accelerator.is_main_process:
+        save_segmenter(out, best, design)
         report.save(out / RESULT)
     accelerator.wait_for_everyone()
     return report
 
 
-def build_segmenter(
-    encoder: Any, model_args: Any, head: Literal["linear", "pyramid"], split: MapSplit, config: SegmentConfig
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """A network that labels pixels, and its parameter groups: layers of the encoder with decay, the rest `head_lr`."""
-    classes = len(split.palette.classes)
-    changes: dict[str, Any] = {"dynamic_img_size": True} if isinstance(encoder, VisionTransformer) else {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if head == "linear":
-            segmenter: Any = LinearSegmenter(rebuilt(encoder, model_args, **changes, num_classes=0), classes)
-            groups: list[dict[str, Any]] = []
-            new: nn.Module = segmenter.head
-        else:
-            changes |= {"drop_path_rate": config.drop_path} if config.drop_path else {}
-            features = rebuilt(
-                encoder, model_args, **changes, features_only=True, feature_cls="getter",
-                out_indices=levels_of(encoder),
-            )  # fmt: skip
-            segmenter = PyramidSegmenter(features, classes, config.width)
-            groups = layer_groups(features.model, config.weight_decay, config.layer_decay)
-            new = nn.ModuleList([segmenter.levels, segmenter.head])
-    groups += [{**group, "lr_scale": config.head_lr} for group in param_groups_weight_decay(new, config.weight_decay)]
-    return segmenter, groups
+def parameter_groups(segmenter: Any, config: SegmentConfig) -> list[dict[str, Any]]:
+    """Those of a segmenter that train: layers of the encoder with decay, the rest with `head_lr`."""
+    groups: list[dict[str, Any]] = []
+    new: nn.Module = segmenter.head
+    if isinstance(segmenter, PyramidSegmenter):
+        encoder: Any = segmenter.encoder
+        groups = layer_groups(encoder.model, config.weight_decay, config.layer_decay)
+        new = nn.ModuleList([segmenter.levels, segmenter.head])
+    rest = param_groups_weight_decay(new, config.weight_decay)
+    return [*groups, *({**group, "lr_scale": config.head_lr} for group in rest)]
 
 
 def pixel_loss(scores: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from timm.optim import param_groups_layer_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -162,6 +162,8 @@ def fit(
                     f"the loss is {float(loss)} after step {done} of {plan.steps}; {out / STATE}, if it is there, is "
                     "the last good checkpoint: try a lower lr, a longer warm-up or clip"
                 )
+            for statistics in kept.buffers():  # of the images of each process: those of the first one are saved
+                broadcast(statistics)
             numbers = _measured(task, kept)
             record = {
                 "epoch": done / plan.steps_per_epoch, "step": done, "images_seen": done * plan.batch,

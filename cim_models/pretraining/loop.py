@@ -34,7 +34,7 @@ from cim_models.pretraining.log import Log
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
-from cim_models.processes import launched, none_is_lost
+from cim_models.processes import none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
         raise ConfigError(f"{directory} holds a run; give --resume to go on with it, or another --out")
 
     # One process of the run, its images, and how many steps they make
-    launched()
     accelerator = Accelerator(
-        mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
-    )
+        cpu=without_gpus(), mixed_precision="no",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )  # fmt: skip
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
     autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
     rank, processes, optim = accelerator.process_index, accelerator.num_processes, config.optimiser

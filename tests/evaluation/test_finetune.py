@@ -21,7 +21,8 @@ from timm.data.auto_augment import RandAugment
 from torchmetrics.functional.classification import multiclass_accuracy
 
 import cim_models
-from cim_models.errors import CheckpointError, ConfigError, DataError
+from cim_models import cli
+from cim_models.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cim_models.evaluation.encoders import find_weights, open_encoder
 from cim_models.evaluation.finetune import (
     DEFAULT,
@@ -202,6 +203,32 @@ def test_a_model_of_timm_becomes_a_folder_of_timm(patterns, tmp_path):
         torch.testing.assert_close(logits_of_plain_timm(out, pictures, tmp_path), model(pictures), atol=0, rtol=0)
 
 
+def test_a_peer_starts_from_its_file(patterns, tmp_path):
+    """A checkpoint of another method trains as the same weights do that come another way, and goes on after a stop."""
+    with torch.random.fork_rng():
+        torch.manual_seed(QUICK.seed)
+        peer = timm.create_model("test_vit", num_classes=0)
+    torch.save({"epoch": 3, "model": {f"backbone.{k}": v for k, v in peer.state_dict().items()}}, tmp_path / "peer.pth")
+    folders, config = (patterns / "train", patterns / "val"), replace(QUICK, epochs=0.5)
+    same = dict(weights=str(tmp_path / "peer.pth"), image_size=64, config=config)
+    reports = [finetune("test_vit", *folders, tmp_path / "peer", **same)]
+    reports += [finetune("test_vit", *folders, tmp_path / "seed", random_init=True, image_size=64, config=config)]
+    assert reports[0].result == reports[1].result and reports[0].settings["steps"] == 8
+    assert reports[0].model["weights_sha256"] == reports[1].model["weights_sha256"]
+    assert reports[0].model["weights"] == str(tmp_path / "peer.pth") and f"--weights {tmp_path}" in reports[0].command
+    files = [tmp_path / name / "model.safetensors" for name in ("peer", "seed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not torch.equal(load_file(files[0])["patch_embed.proj.weight"], peer.patch_embed.proj.weight)
+    assert finetune("test_vit", *folders, tmp_path / "peer", **same, resume=True).result == reports[0].result
+    torch.save(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "peer.pth")
+    with pytest.raises(CheckpointError, match="is of another run: weights_sha256"):
+        finetune("test_vit", *folders, tmp_path / "peer", **same, resume=True)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "peer.pth")
+    with pytest.raises(WeightsError, match="peer.pth"):
+        finetune("test_vit", *folders, tmp_path / "other", **same)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_augmentation_of_the_recipe_fails_on_no_image():
     """timm's magnitudes are random: here each operation meets the greatest and the least."""
     transform = training_transform(open_encoder("cim_vit_tiny", image_size=32, device="cpu"), DEFAULT)
@@ -329,28 +356,30 @@ def test_a_killed_run_goes_on_bit_for_bit(patterns, run, tmp_path):
     assert reports[0]["result"] == reports[1]["result"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes_share_a_step(patterns, run, tmp_path):
-    """The same steps as one process, the same numbers but for rounding, and each image measured once."""
+def test_two_processes_share_a_step(patterns, run, tmp_path, launch):
+    """The same steps as one process, the same numbers but for rounding, each image measured once, one table printed."""
     flags = (
-        "--epochs 2 --batch-size 12 --workers 0 --drop-path 0 --mixup 0 --cutmix 0 --precision fp32 --lr 3e-3".split()
+        "--epochs 1 --batch-size 12 --workers 0 --drop-path 0 --mixup 0 --cutmix 0 --precision fp32 --lr 3e-3".split()
     )
-    data = ["evaluate", "finetune", str(run), str(patterns / "train"), str(patterns / "val"), *flags]
-    (tmp_path / "worker.py").write_text(FRESH)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    results = []
-    for processes in ("1", "2"):
-        out = tmp_path / processes
-        command = [*torchrun, processes, tmp_path / "worker.py", *data, "--out", str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append((load_file(out / "model.safetensors"), json.loads((out / "finetune.json").read_text())))
-    (one, first), (two, second) = results
-    assert first["settings"]["steps"] == second["settings"]["steps"]
+    shutil.copytree(patterns / "val", tmp_path / "val")
+    broken = [tmp_path / "val" / name for name in ("columns/1002.png", "rows/1003.png")]
+    for path in broken:
+        path.write_text("no picture")
+    command = ["evaluate", "finetune", str(run), str(patterns / "train"), str(tmp_path / "val"), *flags, "--out"]
+    done = launch(FRESH, *command, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cli.main([*command, str(tmp_path / "one")]) == 0
+    outs = [tmp_path / name for name in ("one", "two")]
+    first, second = (json.loads((out / "finetune.json").read_text()) for out in outs)
+    assert done.stdout.count("chance") == 1
+    assert first["settings"] == second["settings"] and first["settings"]["steps"] == 5
     assert second["result"]["loss"] == pytest.approx(first["result"]["loss"], rel=1e-3)
+    named = [line.split(": ")[0] for line in second["data"]["val"]["unreadable"]]
+    assert named == [str(path) for path in broken] and first["data"] == second["data"]
+    one, two = (load_file(out / "model.safetensors") for out in outs)
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-2
+    files = [{str(path.relative_to(out)) for path in out.rglob("*")} for out in outs]
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow

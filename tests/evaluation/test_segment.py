@@ -2,31 +2,39 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
+from torchvision.transforms.functional import to_tensor
 
-from cim_models.errors import ConfigError, DataError
+from cim_models.errors import CheckpointError, ConfigError, DataError, WeightsError
 from cim_models.evaluation.decoders import LinearSegmenter, enlarge, pad
 from cim_models.evaluation.encoders import find_weights, open_encoder
 from cim_models.evaluation.label_maps import IGNORED, Maps, augmentation, preparation, read_map, read_maps, read_palette
 from cim_models.evaluation.segment import (
     DEFAULT,
     SegmentConfig,
-    build_segmenter,
     confusion_matrix,
     evaluate,
+    intersection_over_union,
     mean_iou,
+    parameter_groups,
     pixel_loss,
     segment,
 )
+from cim_models.evaluation.segmenters import build_segmenter, design_of, load_segmenter
 
 QUICK = SegmentConfig(epochs=8, warmup_epochs=1, lr=4e-3, workers=0, precision="fp32", layer_decay=1.0, width=32)
 CLASSES = "3\tGround\n0\tSky\n# comment\n\n7\tBall\n9\tUnlabelled\n"
@@ -147,14 +155,125 @@ def test_scenes_are_learned(scenes, run, tmp_path, head):
     kept = [torch.equal(weights[key.removeprefix(prefix)], state[key]) for key in state if key.startswith(prefix)]
     assert len(kept) > 20 and (all(kept) if head == "linear" else sum(kept) <= 1)  # the position embedding is fixed
 
+    network, classes, _ = load_segmenter(tmp_path / "out")
+    assert_measures(network, classes, scenes, saved)
+
+
+def assert_measures(network: nn.Module, classes: list[str], scenes: Path, saved: dict) -> None:
+    """A loaded network has the numbers of the report, to the last pixel."""
+    split, side = read_maps(scenes, "val"), saved["settings"]["short_side"]
+    seen = saved["model"]["transform"]
+    maps = Maps(split, range(6), preparation(side, seen["mean"], seen["std"]))
+    confusion, loss = evaluate(network, maps, Accelerator(), QUICK)
+    assert classes == split.palette.classes == list(saved["result"]["iou"]) and not network.training
+    assert intersection_over_union(confusion).tolist() == list(saved["result"]["iou"].values())
+    assert float(confusion.diagonal().sum() / confusion.sum()) == saved["result"]["pixel_accuracy"]
+    assert loss == pytest.approx(saved["result"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "head"), [("test_vit", "pyramid"), ("test_convnext", "linear")])
+def test_what_is_loaded_is_what_was_trained(scenes, tmp_path, name, head):
+    """On encoders of timm, whole pictures of another size, given as pictures."""
+    config = replace(QUICK, epochs=0.2, warmup_epochs=0.0, short_side=40)
+    segment(name, scenes, tmp_path, head=head, random_init=True, config=config)
+    network, classes, transform = load_segmenter(tmp_path / "model.safetensors")
+    assert_measures(network, classes, scenes, json.loads((tmp_path / "segment.json").read_text()))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)["best"]
+    assert network.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    with Image.open(scenes / "val" / "101.jpg") as picture:
+        seen = transform(picture)
+    mean, std = (torch.tensor(getattr(timm.get_pretrained_cfg(name), key))[:, None, None] for key in ("mean", "std"))
+    expected = torchvision.transforms.functional.resize(to_tensor(picture), [40], antialias=True)
+    assert type(seen) is torch.Tensor and seen.shape == (3, 40, 53)
+    torch.testing.assert_close(seen, (expected - mean) / std, atol=0.02, rtol=0)
+
+
+def test_what_is_no_segmenter_is_said(scenes, run, tmp_path):
+    with pytest.raises(WeightsError, match="nowhere.model.safetensors cannot be read"):
+        load_segmenter(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="online.safetensors labels no pixels; give a folder"):
+        load_segmenter(run / "online.safetensors")
+    segment(str(run), scenes, tmp_path / "out", config=replace(QUICK, epochs=0.1, warmup_epochs=0.0))
+    file = tmp_path / "out" / "model.safetensors"
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    assert metadata["architecture"] == "cim_vit_tiny" and metadata["head"] == "linear"
+    assert json.loads(metadata["classes"]) == ["Ground", "Sky", "Ball"] and json.loads(metadata["short_side"]) is None
+    for key, value in (("classes", '["one"]'), ("width", "wide"), ("architecture", "cim_vit_teeny"), ("mean", None)):
+        changed = {name: text for name, text in {**metadata, key: value}.items() if text is not None}
+        save_file(load_file(file), tmp_path / "changed.safetensors", changed)
+        with pytest.raises(WeightsError, match="changed.safetensors is not what it says of itself"):
+            load_segmenter(tmp_path / "changed.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_segmenter(tmp_path / "out")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("head", ["linear", "pyramid"])
+def test_half_a_run_and_its_continuation_are_the_whole_run(scenes, run, tmp_path, head, monkeypatch):
+    config, epochs = replace(QUICK, epochs=3, ema=0.9), []
+
+    def stop(*arguments):
+        epochs.append(1)
+        if len(epochs) == 3:
+            raise Interrupted
+        return evaluate(*arguments)
+
+    whole = segment(str(run), scenes, tmp_path / "whole", head=head, config=config)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[segment.__module__], "evaluate", stop)
+        with pytest.raises(Interrupted):
+            segment(str(run), scenes, tmp_path / "halves", head=head, config=config)
+    assert sorted(path.name for path in (tmp_path / "halves").iterdir()) == ["last.pt", "training.jsonl"]
+    with pytest.raises(CheckpointError, match="holds a run; give --resume"):
+        segment(str(run), scenes, tmp_path / "halves", head=head, config=config)
+    with pytest.raises(CheckpointError, match="config.width: 32 in the checkpoint, 64 asked for"):
+        segment(str(run), scenes, tmp_path / "halves", head=head, config=replace(config, width=64), resume=True)
+    both = segment(str(run), scenes, tmp_path / "halves", head=head, config=config, resume=True)
+    assert both.result == whole.result and len(both.result["history"]) == 3
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+    logs = [(tmp_path / name / "training.jsonl").read_text() for name in ("whole", "halves")]
+    assert logs[0] == logs[1]
+
+
+TWO = """
+import sys, torch
+from cim_models import cli
+torch.set_num_threads(1)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_share_the_pictures(scenes, run, tmp_path, launch):
+    """Both measure what the first one writes, whose statistics of BatchNorm are its own."""
+    flags = "--epochs 2 --warmup-epochs 0 --workers 0 --precision fp32 --batch-size 6 --lr 4e-3".split()
+    done = launch(TWO, "evaluate", "segment", run, scenes, "--out", tmp_path / "out", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = json.loads((tmp_path / "out" / "segment.json").read_text())
+    assert [line.split()[0] for line in done.stdout.splitlines()].count(
+        "mIoU"
+    ) == 2  # the head of the table and its row
+    assert saved["settings"]["steps"] == 6 and saved["settings"]["images_per_step"] == 6
+    network, classes, _ = load_segmenter(tmp_path / "out")
+    assert_measures(network, classes, scenes, saved)
+    names = ["last.pt", "model.safetensors", "segment.json", "training.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
 
 @pytest.mark.parametrize("name", ["cim_vit_tiny", "cim_resnet18", "test_vit", "test_convnext"])
 @pytest.mark.parametrize("head", ["linear", "pyramid"])
-def test_every_parameter_that_trains_is_in_one_group(scenes, name, head):
+def test_every_parameter_that_trains_is_in_one_group(name, head):
     encoder = open_encoder(name, random_init=True, device="cpu")
     found = find_weights(name)
-    segmenter, groups = build_segmenter(encoder, (found and found.model_args) or {}, head, read_maps(scenes, "val"),
-                                        DEFAULT)  # fmt: skip
+    design = design_of(encoder, (found and found.model_args) or {}, head, ["a", "b", "c"], 32, None)
+    segmenter = build_segmenter(encoder, design, drop_path=0.1)
+    groups = parameter_groups(segmenter, DEFAULT)
     held = [id(parameter) for group in groups for parameter in group["params"]]
     trained = {id(parameter) for parameter in segmenter.parameters() if parameter.requires_grad}
     assert len(held) == len(set(held)) and set(held) == trained
