@@ -55,6 +55,18 @@ class Processes:
             torch.distributed.gather_object(item, items, dst=0, group=self.group)
         return items or []
 
+    def gather_for_all(self, item: Item) -> list[Item]:
+        """The items of all processes, in the order of their ranks, once all have given theirs.
+
+        Raises:
+            CimModelsError: If another process has ended.
+        """
+        items: Any = [item] * self.count
+        if self.count > 1:
+            with none_is_lost(self.count, ""):
+                torch.distributed.all_gather_object(items, item, group=self.group)
+        return items
+
     def by_first(self, work: Callable[[], Item]) -> Item:
         """Does what one process is enough for, while the others wait for its result.
 

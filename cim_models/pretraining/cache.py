@@ -1,6 +1,5 @@
 """Pictures that are decoded once: in memory that the readers share, or on the training device."""
 
-import mmap
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,8 @@ from cim_models.errors import ConfigError, DataError
 from cim_models.images import decoded_size
 from cim_models.pretraining.data import Pictures, start_worker
 from cim_models.pretraining.readers import Records, read_record
+from cim_models.pretraining.shared import machine, shared_memory
+from cim_models.processes import ALONE, Processes
 
 SPARE = 0.1
 """Share of the free memory that a cache leaves."""
@@ -31,26 +32,28 @@ class SharedMemory:
         records: Pictures.
         min_size: At which they are decoded, see `cim_models.images.read_image`.
         workers: Processes that read the headers, for the sizes.
-        processes: Training processes of this machine; each has a cache of its own.
+        processes: That train; those on one machine share one memory, where the system lets them.
 
     Raises:
         ConfigError: If they will not fit, or processes cannot share memory here.
     """
 
-    def __init__(self, records: Records, min_size: int, workers: int = 0, processes: int = 1) -> None:
+    def __init__(self, records: Records, min_size: int, workers: int = 0, processes: Processes = ALONE) -> None:
         if "fork" not in multiprocessing.get_all_start_methods() and workers:
             raise ConfigError("data.cache is ram, which needs forked readers here; give data.workers 0")
         sizes = _each(_Sizes(records, min_size), workers, "sizes")
         self.ends = np.cumsum([0, *(3 * width * height for width, height in sizes)])
         total = int(self.ends[-1])
-        check_room(total * processes, free_memory(), f"data.cache is ram: {len(records)} decoded pictures")
-        self.records, self.min_size, self.lock = records, min_size, multiprocessing.Lock()
-        self.pixels = np.frombuffer(mmap.mmap(-1, max(total, 1)), np.uint8)
-        self.shapes = np.frombuffer(mmap.mmap(-1, 8 * len(records)), np.int32).reshape(-1, 2)
+        copies = 1 if machine() else processes.count
+        check_room(total * copies, free_memory(), f"data.cache is ram: {len(records)} decoded pictures")
+        self.records, self.min_size, sizes_end = records, min_size, 8 * len(records)
+        memory, self.lock = shared_memory(sizes_end + total, processes)
+        self.pixels = np.frombuffer(memory, np.uint8, offset=sizes_end)
+        self.shapes = np.frombuffer(memory, np.int32, 2 * len(records)).reshape(-1, 2)
         """Height and width of each picture that is there, 0 of the others."""
 
     @classmethod
-    def of(cls, pictures: Pictures, workers: int, processes: int) -> None:
+    def of(cls, pictures: Pictures, workers: int, processes: Processes = ALONE) -> None:
         """Lets pictures be read from a cache."""
         pictures.decode = cls(pictures.records, pictures.min_size, workers, processes)
         pictures.start_method = "fork"

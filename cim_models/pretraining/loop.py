@@ -34,7 +34,7 @@ from cim_models.pretraining.log import Log
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
-from cim_models.processes import none_is_lost, without_gpus
+from cim_models.processes import launched, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     workers = usable_workers(config.data.workers)
     batches.start_step, batches.total_steps = start * optim.accumulation, steps * optim.accumulation
     if config.data.cache == "ram":
-        SharedMemory.of(pictures, workers, accelerator.num_processes)
+        SharedMemory.of(pictures, workers, launched())
     elif config.data.cache == "device":
         pictures = OnDevice(pictures, config.data.cache_side or pictures.min_size, workers, accelerator.device)
     stream: Any = iter(loader(pictures, batches, workers))

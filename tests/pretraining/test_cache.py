@@ -1,5 +1,6 @@
 """cim_models.pretraining.cache: the same batches as without it, nearly so from squares; nothing that does not fit."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from cim_models.pretraining.cache import OnDevice, SharedMemory, check_room, fre
 from cim_models.pretraining.data import GlobalBatches, Pictures, batch_of, loader
 from cim_models.pretraining.loop import pretrain
 from cim_models.pretraining.readers import Files
+from cim_models.processes import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def batches_of(samples: Pictures, workers: int = 0) -> list[dict]:
 def test_memory_gives_the_same_batches(images, workers, tmp_path):
     images = Path(shutil.copytree(images, tmp_path / "images"))
     expected, samples = batches_of(pictures(images)), pictures(images)
-    SharedMemory.of(samples, workers, 1)
+    SharedMemory.of(samples, workers)
     for _ in range(2):
         for ours, theirs in zip(batches_of(samples, workers), expected, strict=True):
             assert ours["failed"] == theirs["failed"] and torch.equal(ours["index"], theirs["index"])
@@ -63,6 +65,64 @@ def test_memory_gives_the_same_batches(images, workers, tmp_path):
         assert samples.decode.shapes[:9].all() and not samples.decode.shapes[9].any()
         for number in range(9):
             (images / f"{number}.jpg").unlink(missing_ok=True)
+
+
+TWO = """
+import hashlib, os, sys
+from pathlib import Path
+import torch
+from cim_models.images import find_images
+from cim_models.pretraining.cache import SharedMemory
+from cim_models.pretraining.data import GlobalBatches, Pictures, loader
+from cim_models.pretraining.readers import Files
+from cim_models.processes import launched
+
+processes = launched()
+assert processes.count == 2
+images = find_images(sys.argv[1])
+samples = Pictures(Files(images), 32, exemplars=2, draws=3, seed=4)
+SharedMemory.of(samples, 1, processes)
+order = GlobalBatches(10, 5, seed=0, total_steps=4)
+
+
+def read():
+    batches = list(loader(samples, order, 1))
+    return hashlib.sha256(b"".join(batch["source"].numpy().tobytes() for batch in batches)).hexdigest()
+
+
+if processes.first:
+    digest = read()
+    for path in images[:-1]:
+        path.unlink()
+processes.gather_for_all("all is read, and the files are gone")
+if not processes.first:
+    digest = read()
+digests = processes.gather(digest)
+if processes.first:
+    print(*digests)
+"""
+
+
+@needs_fork
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that processes find each other's")
+def test_processes_of_a_machine_share_the_memory(images, launch, tmp_path):
+    """The second one reads no file: what the readers of the first have decoded is there."""
+    images = Path(shutil.copytree(images, tmp_path / "images"))
+    batches = list(loader(pictures(images), GlobalBatches(10, 5, seed=0, total_steps=4), 0))
+    expected = hashlib.sha256(b"".join(batch["source"].numpy().tobytes() for batch in batches)).hexdigest()
+    done = launch(TWO, images)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [expected, expected]
+
+
+def test_processes_that_cannot_share_need_room_for_each(images, monkeypatch):
+    samples = pictures(images)
+    total = int(SharedMemory(samples.records, samples.min_size).ends[-1])
+    monkeypatch.setattr(cache, "free_memory", lambda: int(1.5 * total))
+    monkeypatch.setattr(cache, "machine", lambda: "")
+    with pytest.raises(ConfigError, match="data.cache is ram"):
+        SharedMemory.of(samples, 0, Processes(count=2))
+    SharedMemory.of(samples, 0)
 
 
 @needs_fork
@@ -77,7 +137,7 @@ def test_the_size_is_predicted(images):
 def test_what_does_not_fit_is_refused(images, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 50_000)
     with pytest.raises(ConfigError, match="data.cache is ram: 10 decoded pictures take .* GB, and 5e-05 GB are free"):
-        SharedMemory.of(pictures(images), 0, 1)
+        SharedMemory.of(pictures(images), 0)
     with pytest.raises(ConfigError, match="data.cache is device: 10 pictures of 64 × 64 take 0.000123 GB"):
         OnDevice(pictures(images), 64, 0, CPU)
     check_room(900, 1000, "what fits")

@@ -1,0 +1,63 @@
+"""Memory that the training processes of a machine share, and the readers that they fork."""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cim_models.processes import ALONE, Processes
+
+MACHINE = Path("/proc/sys/kernel/random/boot_id")
+PIDS = Path("/proc/self/ns/pid")
+
+
+def machine() -> str:
+    """Tells processes that can reach each other's memory from those that cannot; empty where none can."""
+    try:
+        return MACHINE.read_text() + os.readlink(PIDS) if hasattr(os, "memfd_create") else ""
+    except OSError:
+        return ""
+
+
+def shared_memory(size: int, processes: Processes = ALONE) -> tuple[mmap.mmap, contextlib.AbstractContextManager[Any]]:
+    """Zeros that all training processes of this machine see, or this one alone, and a lock of whoever sees them.
+
+    They have no name, and are gone with the last process.
+
+    Args:
+        size: In bytes.
+        processes: Those of the run, all of which call this; those on one machine get the same memory where they can.
+    """
+    here = machine()
+    if processes.count == 1 or not here:
+        return mmap.mmap(-1, max(size, 1)), multiprocessing.Lock()
+    file = os.memfd_create("cim_models")
+    os.ftruncate(file, max(size, 1))
+    offers = processes.gather_for_all((here, f"/proc/{os.getpid()}/fd/{file}"))
+    place = next(path for there, path in offers if there == here)
+    shared = os.open(place, os.O_RDWR)
+    processes.gather_for_all(None)  # until then nobody closes what others open
+    os.close(file)
+    return mmap.mmap(shared, max(size, 1)), _FileLock(shared)
+
+
+class _FileLock:
+    """One process at a time, of all that have opened a file, forked or not."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        fcntl.lockf(self.file, fcntl.LOCK_EX)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        import fcntl
+
+        fcntl.lockf(self.file, fcntl.LOCK_UN)
