@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cim_models.errors import ConfigError
 from cim_models.processes import ALONE, Processes
 
 MACHINE = Path("/proc/sys/kernel/random/boot_id")
@@ -30,18 +31,32 @@ def shared_memory(size: int, processes: Processes = ALONE) -> tuple[mmap.mmap, c
     Args:
         size: In bytes.
         processes: Those of the run, all of which call this; those on one machine get the same memory where they can.
+
+    Raises:
+        ConfigError: If the system does not let them.
     """
-    here = machine()
-    if processes.count == 1 or not here:
-        return mmap.mmap(-1, max(size, 1)), multiprocessing.Lock()
-    file = os.memfd_create("cim_models")
-    os.ftruncate(file, max(size, 1))
-    offers = processes.gather_for_all((here, f"/proc/{os.getpid()}/fd/{file}"))
-    place = next(path for there, path in offers if there == here)
-    shared = os.open(place, os.O_RDWR)
-    processes.gather_for_all(None)  # until then nobody closes what others open
-    os.close(file)
-    return mmap.mmap(shared, max(size, 1)), _FileLock(shared)
+    here, size = machine(), max(size, 1)
+    if processes.count > 1:
+        file = os.memfd_create("cim_models") if here else -1
+        offers = processes.gather_for_all((here, f"/proc/{os.getpid()}/fd/{file}"))
+        if here:
+            shared = _opened(next(place for there, place in offers if there == here))
+            os.ftruncate(shared, size)
+        processes.gather_for_all("it is open")
+        if here:
+            os.close(file)
+            return mmap.mmap(shared, size), _FileLock(shared)
+    return mmap.mmap(-1, size), multiprocessing.Lock()
+
+
+def _opened(place: str) -> int:
+    try:
+        return os.open(place, os.O_RDWR)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache is ram, but the processes of this machine may not share memory ({place}: {error.strerror}); "
+            "give data.cache none"
+        ) from error
 
 
 class _FileLock:
