@@ -3,6 +3,7 @@
 Each agrees with torchvision's functional form; which exemplars take it, and how strongly, comes from uniform numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,24 +58,33 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
     """
     x = exemplars.flatten(0, 1)
     jitter, bright, contrast, saturation, hue, grey, blur, sigma, solar = uniforms.flatten(0, 1).unbind(-1)
-    jitter = jitter < config.jitter
 
-    def factor(draws: Tensor, strength: float) -> Tensor:
-        return torch.where(jitter, 1 + strength * (2 * draws - 1), 1.0)
+    def jittered(x: Tensor, bright: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+        """Takes numbers from -1 to 1."""
+        x = adjust_brightness(x, 1 + config.brightness * bright)
+        x = adjust_contrast(x, 1 + config.contrast * contrast)
+        x = adjust_saturation(x, 1 + config.saturation * saturation)
+        return adjust_hue(x, config.hue * hue)
 
     if config.jitter > 0:
-        x = adjust_brightness(x, factor(bright, config.brightness))
-        x = adjust_contrast(x, factor(contrast, config.contrast))
-        x = adjust_saturation(x, factor(saturation, config.saturation))
-        x = adjust_hue(x, torch.where(jitter, config.hue * (2 * hue - 1), 0.0))
+        strengths = (2 * draws - 1 for draws in (bright, contrast, saturation, hue))
+        x = _some(x, jitter < config.jitter, jittered, *strengths)
     if config.grey > 0:
-        x = adjust_saturation(x, torch.where(grey < config.grey, 0.0, 1.0))
+        x = _some(x, grey < config.grey, lambda x: greyscale(x).expand_as(x))
     if config.blur > 0:
         deviation = config.sigma[0] + (config.sigma[1] - config.sigma[0]) * sigma
-        x = _blur_some(x, deviation, blur < config.blur)
+        x = _some(x, blur < config.blur, gaussian_blur, deviation)
     if config.solarise > 0:
-        x = solarise(x, solar < config.solarise)
+        x = _some(x, solar < config.solarise, solarise)
     return x.view_as(exemplars)
+
+
+def _some(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *strengths: Tensor) -> Tensor:
+    """Changes the pictures of (N, 3, H, W) that (N,) bool chooses; where it is a CPU, the others cost nothing."""
+    if x.device.type == "cpu":
+        rows = chosen.nonzero().squeeze(1)
+        return x.index_copy(0, rows, change(x[rows], *(values[rows] for values in strengths)))
+    return torch.where(_each(chosen), change(x, *strengths), x)
 
 
 def _each(values: Tensor) -> Tensor:
@@ -106,16 +116,17 @@ def adjust_saturation(x: Tensor, factors: Tensor) -> Tensor:
 def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     """Turns the hue of (N, 3, H, W) by (N,) turns, keeping value and chroma.
 
-    A channel of an HSV colour is value − chroma · ramp, where the ramp is a trapezium around the opposite hue.
+    A channel of an HSV colour is value − chroma · ramp, where the ramp is a trapezium around the opposite hue. Hence
+    the distance from red is a sum of the channels: no case for each of the six pairs of greatest and least.
     """
     r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    sixths = torch.where(value == r, g - b, torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    hue = sixths / (6 * chroma.clamp_min(1e-8)) + turns.view(-1, 1, 1)
+    value, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = value - least
+    from_red = torch.copysign((g - least).add_(b).sub_(r).add_(chroma), g - b)
+    hue = from_red.div_((6 * chroma).clamp_min_(1e-8)).add_(turns.view(-1, 1, 1))
     distance = hue[:, None] - x.new_tensor([1 / 2, 5 / 6, 1 / 6]).view(1, 3, 1, 1)
     ramp = torch.rsub(distance.sub_(distance.round()).abs_(), 2, alpha=6).clamp_(0, 1)
-    return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1).clamp_(0, 1)
+    return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1)
 
 
 def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
@@ -123,14 +134,6 @@ def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
     rows, columns = (_blur_matrices(n, sigmas.to(x.dtype)) for n in x.shape[2:])
     across = (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
     return (rows[:, None] @ across).clamp_(0, 1)
-
-
-def _blur_some(x: Tensor, sigmas: Tensor, chosen: Tensor) -> Tensor:
-    """Blurs the pictures of (N, 3, H, W) that (N,) bool chooses; where it is a CPU, the others cost nothing."""
-    if x.device.type == "cpu":
-        rows = chosen.nonzero().squeeze(1)
-        return x.index_copy(0, rows, gaussian_blur(x[rows], sigmas[rows]))
-    return torch.where(_each(chosen), gaussian_blur(x, sigmas), x)
 
 
 def _blur_matrices(size: int, sigmas: Tensor) -> Tensor:
@@ -145,6 +148,6 @@ def _blur_matrices(size: int, sigmas: Tensor) -> Tensor:
     return torch.einsum("no,ios->nis", kernels, reads)
 
 
-def solarise(x: Tensor, chosen: Tensor) -> Tensor:
-    """Inverts the values from 0.5 on of the pictures of (N, 3, H, W) in [0, 1] that (N,) bool chooses."""
-    return torch.minimum(x, _each(torch.where(chosen, 1.0, 2.0)) - x)
+def solarise(x: Tensor) -> Tensor:
+    """Inverts the values of (N, 3, H, W) from 0.5 on."""
+    return torch.minimum(x, 1 - x)

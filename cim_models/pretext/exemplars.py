@@ -154,16 +154,21 @@ def cover(rectangles: Rectangles, source_size: tuple[int, int], map_size: int) -
         (B, K, S, S) bool.
     """
     height, width = source_size
-    steps = (torch.arange(map_size, device=rectangles.angle.device) + 0.5) / map_size
-    u, v = rectangles.axes
+    device, (u, v) = rectangles.angle.device, rectangles.axes
+    down = (torch.arange(map_size, device=device) + 0.5) * (height / map_size) - rectangles.centre[..., 1, None]
 
-    def inside(axis: Tensor, half: Tensor) -> Tensor:
-        """|(pixel − centre) · axis| ≤ half, from one row and one column of numbers."""
-        along = axis[..., 0, None] * (steps * width) - (axis * rectangles.centre).sum(-1, keepdim=True)
-        down = axis[..., 1, None] * (steps * height)
-        return (down[..., :, None] + along[..., None, :]).abs_() <= half[..., None, None]
+    def interval(axis: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        """From where to where a row of pixels has |(pixel − centre) · axis| ≤ half, in source pixels from the centre."""
+        across, along = axis[..., 0, None], axis[..., 1, None] * down
+        ends = (-half[..., None] - along) / across, (half[..., None] - along) / across
+        return torch.fmin(*ends), torch.fmax(*ends)
 
-    return inside(u, rectangles.half[..., 0]) & inside(v, rectangles.half[..., 1])
+    intervals = interval(u, rectangles.half[..., 0]), interval(v, rectangles.half[..., 1])
+    left, right = torch.fmax(intervals[0][0], intervals[1][0]), torch.fmin(intervals[0][1], intervals[1][1])
+    left, right = ((x + rectangles.centre[..., 0, None]) * (map_size / width) - 0.5 for x in (left, right))
+    before = torch.ones(map_size + 1, map_size, dtype=torch.bool, device=device).tril_(-1)  # row n: n pixels
+    first, end = left.ceil().clamp_(0, map_size).long(), (right.floor() + 1).clamp_(0, map_size).long()
+    return before[end].bitwise_and_((~before)[first])
 
 
 def _deepest_level(source: Tensor, size: int) -> int:

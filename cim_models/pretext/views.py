@@ -51,7 +51,7 @@ def make_views(source: Tensor, uniforms: Tensor, config: ViewConfig) -> Views:
         chunks = zip(source.split(CHUNK), uniforms.split(CHUNK), strict=True)
         return Views(*map(torch.cat, zip(*(make_views(*chunk, config) for chunk in chunks), strict=True)))
     if not source.is_floating_point():
-        source = source.float() / 255
+        source = source.float().div_(255)
     height, width = source.shape[2:]
     rectangles = exemplars.draw_rectangles(uniforms[..., : exemplars.DRAWS], height, width, config.exemplars)
     crops = exemplars.crop(source, rectangles, config.exemplars.size)

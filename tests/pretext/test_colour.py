@@ -14,7 +14,7 @@ CASES = {
     "hue": (colour.adjust_hue, TF.adjust_hue, (-0.5, 0.5)),
     "blur": (colour.gaussian_blur, lambda x, sigma: TF.gaussian_blur(x, 13, sigma), (0.1, 2.0)),
     "grey": (lambda x, _: colour.greyscale(x).expand_as(x), lambda x, _: TF.rgb_to_grayscale(x, 3), (0, 1)),
-    "solarise": (lambda x, _: colour.solarise(x, torch.ones(len(x)) > 0), lambda x, _: TF.solarize(x, 0.5), (0, 1)),
+    "solarise": (lambda x, _: colour.solarise(x), lambda x, _: TF.solarize(x, 0.5), (0, 1)),
 }
 
 
