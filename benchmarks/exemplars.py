@@ -43,7 +43,7 @@ def ours(sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     uniforms = torch.rand(len(sources), COUNT, exemplars.DRAWS + colour.DRAWS)
     geometry, colours = uniforms.split((exemplars.DRAWS, colour.DRAWS), dim=-1)
     rectangles = exemplars.draw_rectangles(geometry, SOURCE, SOURCE, ExemplarConfig(COUNT, EXEMPLAR))
-    crops = exemplars.crop(sources.float() / 255, rectangles, EXEMPLAR)
+    crops = exemplars.crop(sources.float().div_(255), rectangles, EXEMPLAR)
     maps = exemplars.cover(rectangles, (SOURCE, SOURCE), CONTEXT)
     return normalise(colour.recolour(crops, colours, ColourConfig())), maps
 

@@ -56,7 +56,7 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
     Returns:
         (B, K, 3, T, T) in [0, 1].
     """
-    x = exemplars.flatten(0, 1)
+    x = exemplars.clone(memory_format=torch.contiguous_format).flatten(0, 1)
     jitter, bright, contrast, saturation, hue, grey, blur, sigma, solar = uniforms.flatten(0, 1).unbind(-1)
 
     def jittered(x: Tensor, bright: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
@@ -80,10 +80,10 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
 
 
 def _some(x: Tensor, chosen: Tensor, change: Callable[..., Tensor], *strengths: Tensor) -> Tensor:
-    """Changes the pictures of (N, 3, H, W) that (N,) bool chooses; where it is a CPU, the others cost nothing."""
+    """Changes the pictures of (N, 3, H, W) that (N,) bool chooses; a CPU does so in place, and leaves the others be."""
     if x.device.type == "cpu":
         rows = chosen.nonzero().squeeze(1)
-        return x.index_copy(0, rows, change(x[rows], *(values[rows] for values in strengths)))
+        return x.index_copy_(0, rows, change(x[rows], *(values[rows] for values in strengths)))
     return torch.where(_each(chosen), change(x, *strengths), x)
 
 

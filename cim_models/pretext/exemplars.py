@@ -185,18 +185,20 @@ def _pyramid(source: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         The picture (B, C, H, W'), each level's upper left corner and its size, both (levels + 1, 2) as x, y.
     """
     height, width = source.shape[2:]
-    corners, sizes, column, pooled, y = [(0, 0)], [(width, height)], [], source, 0
+    corners, sizes, atlas, pooled, y = [(0, 0)], [(width, height)], source, source, 0
+    if levels:
+        atlas = source.new_empty(*source.shape[:3], width + width // 2)
+        atlas[..., :width] = source
+        atlas[..., width:] = 0
     for _ in range(levels):
         pooled = _halve(pooled)
+        h, w = pooled.shape[2:]
+        atlas[:, :, y : y + h, width : width + w] = pooled
         corners.append((width, y))
-        sizes.append((pooled.shape[3], pooled.shape[2]))
-        column.append(F.pad(pooled, (0, width // 2 - pooled.shape[3])))
-        y += pooled.shape[2]
-    if column:
-        right = torch.cat(column, dim=2)
-        source = torch.cat([source, F.pad(right, (0, 0, 0, height - right.shape[2]))], dim=3)
+        sizes.append((w, h))
+        y += h
     as_tensor = torch.tensor([corners, sizes], device=source.device, dtype=torch.float32)
-    return source, as_tensor[0], as_tensor[1]
+    return atlas, as_tensor[0], as_tensor[1]
 
 
 def _halve(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from cim_models.pretext.exemplars import ExemplarConfig
 
 DRAWS = exemplars.DRAWS + colour.DRAWS
 """Uniform numbers that one exemplar uses."""
-CHUNK = 16
+CHUNK = 8
 """Sources that a CPU handles at once: more do not stay in its caches."""
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
