@@ -1,31 +1,28 @@
-"""Exemplars, maps and colour of a 224-pixel source on one core: ours by the batch, torchvision's calls one by one.
+"""Exemplars, maps and colour of a 224-pixel source: ours by the batch, torchvision's calls one by one.
 
-    python benchmarks/exemplars.py
+    python benchmarks/exemplars.py [--device cuda]
 
 Released sizes: K = 6 exemplars of T = 64 and maps of S = 160, from uint8 to normalised; the shrunken context, which
-both would make with the same call, is left out. The rows alternate and count processor time, so that a busy machine
+both would make with the same call, is left out. All on one core, where the rows count processor time; on a GPU ours is
+compared with torchvision on one core, as a reading process would run it. The rows alternate, so that a busy machine
 slows all alike; the table gives medians and the median of each round's ratio.
 """
 
-import argparse
 import math
-import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torchvision
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
+from table import Table, parser, ratio, take_turns
 
 from cim_models.pretext import colour, exemplars
 from cim_models.pretext.colour import ColourConfig
 from cim_models.pretext.exemplars import ExemplarConfig
-from cim_models.pretext.views import DEVIATION, MEAN, normalise
+from cim_models.pretext.views import CHUNK, DEVIATION, MEAN, normalise
 
 SOURCE, CONTEXT, EXEMPLAR, COUNT = 224, 160, 64, 6
 COLOUR = T.Compose(
@@ -35,12 +32,15 @@ COLOUR = T.Compose(
         T.RandomApply([T.GaussianBlur(13, (0.1, 2.0))], p=0.5),
     ]
 )
+BARS = {"cpu": 10, "cuda": 100}
+"""How many times faster than torchvision's pipeline ours shall be."""
+OURS, PIL, TENSORS = "ours, by the batch", "torchvision on PIL", "torchvision on tensors"
 BILINEAR, NEAREST = T.InterpolationMode.BILINEAR, T.InterpolationMode.NEAREST
 
 
 def ours(sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What `make_views` does, but for the context."""
-    uniforms = torch.rand(len(sources), COUNT, exemplars.DRAWS + colour.DRAWS)
+    uniforms = torch.rand(len(sources), COUNT, exemplars.DRAWS + colour.DRAWS, device=sources.device)
     geometry, colours = uniforms.split((exemplars.DRAWS, colour.DRAWS), dim=-1)
     rectangles = exemplars.draw_rectangles(geometry, SOURCE, SOURCE, ExemplarConfig(COUNT, EXEMPLAR))
     crops = exemplars.crop(sources.float().div_(255), rectangles, EXEMPLAR)
@@ -91,51 +91,49 @@ def as_input(picture: Image.Image | torch.Tensor) -> torch.Tensor:
     return TF.normalize(x, MEAN, DEVIATION)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16, help="sources per batch of ours")
-    parser.add_argument("--rounds", type=int, default=15)
-    options = parser.parse_args()
+    """Prints the table."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--batch", type=int, help="sources per batch of ours; by default 8, on a GPU 256")
+    arguments.add_argument("--rounds", type=int, default=15)
+    options = arguments.parse_args()
+    device = torch.device(options.device)
+    batch = options.batch or (256 if device.type == "cuda" else CHUNK)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
 
-    noise = torch.rand(options.batch, 3, 28, 28)
+    noise = torch.rand(batch, 3, 28, 28)
     sources = torch.nn.functional.interpolate(noise, (SOURCE, SOURCE), mode="bicubic").clamp(0, 1)
     sources = (sources * 255).to(torch.uint8)
-    pictures = [TF.to_pil_image(source) for source in sources]
-    rows = {
-        "ours, by the batch": lambda: ours(sources),
-        "torchvision on PIL": lambda: [plain(picture) for picture in pictures],
-        "torchvision on tensors": lambda: [plain(source) for source in sources],
-    }
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(-1, options.rounds):
-        for name, function in rows.items():
-            took = seconds(function) / options.batch
-            if round_ >= 0:
-                times[name].append(took)
+    pictures = [TF.to_pil_image(source) for source in sources[:16]]
+    on_device = sources.to(device)
 
-    print(f"{hardware()}, one core; torch {torch.__version__}, torchvision {torchvision.__version__}")
-    print(f"source {SOURCE}, K {COUNT}, T {EXEMPLAR}, S {CONTEXT}, batches of {options.batch}, {options.rounds} rounds")
-    print(f"{'':24}{'ms/image':>10}{'images/s':>10}{'ours is':>10}")
+    def batched() -> None:
+        ours(on_device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    rows = {
+        OURS: batched,
+        PIL: lambda: [plain(picture) for picture in pictures],
+        TENSORS: lambda: [plain(source) for source in sources[:16]],
+    }
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    times = take_turns(rows, options.rounds, clock, warm=2)
+    images = {OURS: batch, PIL: len(pictures), TENSORS: len(pictures)}
+    times = {name: [t / images[name] for t in took] for name, took in times.items()}
+
+    columns = {"ms/image": ".2f", "images/s": ".1f", "ours is": ".1f", "bar": ".0f"}
+    sizes = f"source {SOURCE}, K {COUNT}, T {EXEMPLAR}, S {CONTEXT}, batches of {batch}, {options.rounds} rounds"
+    where = "a GPU" if device.type == "cuda" else "one core"
+    table = Table(f"Exemplars on {where}", columns, [f"{sizes}; torchvision on one core"], options.device)
     for name, took in times.items():
         median = statistics.median(took)
-        ratio = statistics.median(b / a for a, b in zip(times["ours, by the batch"], took, strict=True))
-        print(f"{name:24}{1000 * median:10.2f}{1 / median:10.1f}{ratio:9.1f}×")
-
-
-def hardware() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        bar = BARS[device.type] if name == PIL else None
+        table.rows[name] = [1000 * median, 1 / median, ratio(took, times[OURS]), bar]
+    table.finish(options.out)
 
 
 if __name__ == "__main__":

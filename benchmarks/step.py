@@ -1,33 +1,32 @@
-"""A training step of ViT-Small on this machine: ours against a plain loop over exemplars in fp32.
+"""A training step on a CPU: ours against a plain loop over exemplars in fp32.
 
-    python benchmarks/step.py [--batch 4] [--compile]
+    python benchmarks/step.py [--model cim_resnet50] [--batch 4] [--compile]
 
 Both make the same step from the same weights (their losses are compared before timing): context S = 160, K = 6
 exemplars of T = 64, target and online encoder, backward, AdamW, moving average. The plain one encodes the exemplars one
 after the other and projects the context again for each of them, as a straightforward reading of the paper does. Ours
-runs as `cim_models.pretrain` does by default: bf16 where the hardware multiplies it natively, fp32 elsewhere. The rows
-alternate, so that a busy machine slows all; the table gives medians and the median of each round's ratio.
+runs as `cim_models.pretrain` does by default: bf16 where the hardware multiplies it natively, fp32 elsewhere; a ResNet
+with its channels last. The rows alternate, so that a busy machine slows all; the table gives medians and the median of
+each round's ratio.
 """
 
-import argparse
 import copy
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
+from table import Table, parser, ratio, take_turns
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
-from cim_models.backbones import build
+from cim_models.backbones import ARCHITECTURES, VisionTransformer, build
 from cim_models.precision import fast_bf16
 from cim_models.pretext.model import CIM
 
 CONTEXT, EXEMPLAR, COUNT, MOMENTUM = 160, 64, 6, 0.99
+PLAIN, BAR = "plain loop, fp32", 2
+"""The row that is compared with, and how many times faster ours shall be."""
 
 
 class Plain(nn.Module):
@@ -51,13 +50,16 @@ class Plain(nn.Module):
         self.predict = nn.Conv2d(width, 1, 1)
         self.predict.weight.data = head.predict.weight.detach()[:, :, None, None]
         self.predict.bias.data = head.predict.bias.detach()
-        self.side = CONTEXT // 16
-        positions = F.pad(head._pos_embed((self.side, self.side), self.embed.weight), (0, 0, 1, 0))
+        self.prefix = 1 if isinstance(cim.online, VisionTransformer) else 0
+        self.side = CONTEXT // (16 if self.prefix else 32)
+        positions = F.pad(head._pos_embed((self.side, self.side), self.embed.weight), (0, 0, self.prefix, 0))
         self.register_buffer("head_positions", positions)
         self.register_buffer("context_positions", cim.pos_embed(torch.empty(1, 3, CONTEXT, CONTEXT)))
         self.register_buffer("exemplar_positions", cim.pos_embed(torch.empty(1, 3, EXEMPLAR, EXEMPLAR)))
 
-    def encode(self, encoder: nn.Module, images: Tensor, positions: Tensor) -> Tensor:
+    def encode(self, encoder: nn.Module, images: Tensor, positions: Tensor | None) -> Tensor:
+        if positions is None:
+            return encoder.forward_features(images).flatten(2).transpose(1, 2)
         x = encoder.patch_embed(images).flatten(1, 2)
         x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
         return encoder.norm(encoder.blocks(x + positions))
@@ -71,7 +73,7 @@ class Plain(nn.Module):
             x = self.embed(tokens) + self.head_positions
             x = x + self.attention(self.norm1(x), shown, shown, need_weights=False)[0]
             x = x + self.mlp(self.norm2(x))
-            x = self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, (self.side, self.side))
+            x = self.norm(x)[:, self.prefix :].transpose(1, 2).unflatten(2, (self.side, self.side))
             logits = F.interpolate(self.predict(x), (CONTEXT, CONTEXT), mode="bilinear", align_corners=True)
             losses.append(F.binary_cross_entropy_with_logits(logits[:, 0], inside.float()))
         return torch.stack(losses).mean()
@@ -101,14 +103,16 @@ def training_step(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--compile", action="store_true", help="one more row: ours under torch.compile")
-    options = parser.parse_args()
+    """Prints the table."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", default="cim_vit_small", choices=ARCHITECTURES)
+    arguments.add_argument("--batch", type=int, default=4)
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--compile", action="store_true", help="one more row: ours under torch.compile")
+    options = arguments.parse_args()
 
     torch.manual_seed(0)
-    cim = CIM(build("cim_vit_small"))
+    cim = CIM(build(options.model))
     nn.init.normal_(cim.head.predict.weight, std=0.02)  # a head that predicts nothing passes no gradient
     plain = Plain(cim)
     inputs = (
@@ -116,39 +120,36 @@ def main() -> None:
         torch.randn(options.batch, COUNT, 3, EXEMPLAR, EXEMPLAR),
         torch.rand(options.batch, COUNT, CONTEXT, CONTEXT) < 0.25,
     )
-    with torch.no_grad():
-        torch.testing.assert_close(plain(*inputs), cim(*inputs).loss, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():  # in evaluation mode, since statistics of a BatchNorm are those of one exemplar or of all
+        torch.testing.assert_close(plain.eval()(*inputs), cim.eval()(*inputs).loss, atol=1e-5, rtol=1e-5)
+    plain.train()
+    cim.train()
+    if not plain.prefix:
+        cim = cim.to(memory_format=torch.channels_last)
 
     bf16 = fast_bf16() and not torch.cuda.is_available()
     ours = f"ours, {'bf16' if bf16 else 'fp32'} by default"
-    rows = {"plain loop, fp32": training_step(plain, inputs), ours: training_step(cim, inputs, bf16)}
+    rows = {PLAIN: training_step(plain, inputs), ours: training_step(cim, inputs, bf16)}
     if bf16:
         rows["ours, fp32"] = training_step(cim, inputs)
+    if not plain.prefix:
+        rows[f"{ours}, channels first"] = training_step(channels_first(cim), inputs, bf16)
     if options.compile:
         rows["ours, compiled"] = training_step(cim, inputs, bf16, torch.compile(cim))
+    seconds = take_turns(rows, options.rounds, warm=2)
 
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(-2, options.rounds):
-        for name, step in rows.items():
-            start = time.perf_counter()
-            step()
-            if round_ >= 0:
-                seconds[name].append(time.perf_counter() - start)
-
-    print(f"{hardware()}, {torch.get_num_threads()} threads; torch {torch.__version__}, timm {timm.__version__}")
-    print(f"ViT-Small, batch {options.batch}, S {CONTEXT}, T {EXEMPLAR}, K {COUNT}, {options.rounds} rounds")
-    print(f"{'':24}{'ms/step':>10}{'images/s':>10}{'speed-up':>10}")
+    sizes = f"batch {options.batch}, S {CONTEXT}, T {EXEMPLAR}, K {COUNT}, {options.rounds} rounds"
+    columns = {"ms/step": ".0f", "images/s": ".2f", "speed-up": ".2f", "bar": ".0f"}
+    table = Table(f"Training step of {options.model} on a CPU", columns, [sizes])
     for name, took in seconds.items():
-        median = statistics.median(took)
-        ratio = statistics.median(a / b for a, b in zip(seconds["plain loop, fp32"], took, strict=True))
-        print(f"{name:24}{1000 * median:10.0f}{options.batch / median:10.2f}{ratio:9.2f}×")
+        median, bar = statistics.median(took), BAR if name == ours else None
+        table.rows[name] = [1000 * median, options.batch / median, ratio(seconds[PLAIN], took), bar]
+    table.finish(options.out)
 
 
-def hardware() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def channels_first(cim: CIM) -> CIM:
+    """A copy in torch's own memory format."""
+    return copy.deepcopy(cim).to(memory_format=torch.contiguous_format)
 
 
 if __name__ == "__main__":
