@@ -158,7 +158,7 @@ def cover(rectangles: Rectangles, source_size: tuple[int, int], map_size: int) -
     down = (torch.arange(map_size, device=device) + 0.5) * (height / map_size) - rectangles.centre[..., 1, None]
 
     def interval(axis: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        """From where to where a row of pixels has |(pixel − centre) · axis| ≤ half, in source pixels from the centre."""
+        """Between which x, in source pixels from the centre, the pixels of each row have |pixel · axis| ≤ half."""
         across, along = axis[..., 0, None], axis[..., 1, None] * down
         ends = (-half[..., None] - along) / across, (half[..., None] - along) / across
         return torch.fmin(*ends), torch.fmax(*ends)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -31,8 +32,18 @@ logger = logging.getLogger(__name__)
 
 def generator(seed: int, epoch: int, stream: int, index: int = 0) -> np.random.Generator:
     """Returns the random numbers of one purpose: Philox with key (seed, epoch) and counter (stream, index)."""
-    key = np.array([seed, epoch], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, stream, index], dtype=np.uint64)))
+    key: Any = _Key(seed, epoch)
+    return np.random.Generator(np.random.Philox(key, counter=np.array([0, 0, stream, index], dtype=np.uint64)))
+
+
+class _Key(ISeedSequence):
+    """A Philox key as it is; given as `key`, numpy would fetch entropy from the system first and leave it unused."""
+
+    def __init__(self, *words: int) -> None:
+        self.words = np.array(words, dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return self.words
 
 
 class Pictures(Dataset[dict[str, Any]]):
@@ -132,18 +143,16 @@ class Pictures(Dataset[dict[str, Any]]):
 
     def box(self, width: int, height: int, uniforms: np.ndarray) -> tuple[int, int, int, int]:
         """Returns left, top, width, height of a crop: the first of 10 draws that fits, else the largest central one."""
-        area, ratio = uniforms[: 2 * CROP_TRIES].reshape(2, CROP_TRIES)
-        area = width * height * (self.crop_area[0] + area * (self.crop_area[1] - self.crop_area[0]))
-        ratio = self.crop_ratio[0] * (self.crop_ratio[1] / self.crop_ratio[0]) ** ratio
-        widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-        if not fits.any():
-            w = min(width, max(1, round(height * self.crop_ratio[1])))
-            h = min(height, max(1, round(width / self.crop_ratio[0])))
-            return (width - w) // 2, (height - h) // 2, w, h
-        first = fits.argmax()
-        w, h = int(widths[first]), int(heights[first])
-        return int(uniforms[-3] * (width - w + 1)), int(uniforms[-2] * (height - h + 1)), w, h
+        draws = uniforms.tolist()
+        (least, most), (narrow, wide) = self.crop_area, self.crop_ratio
+        for area, ratio in zip(draws[:CROP_TRIES], draws[CROP_TRIES : 2 * CROP_TRIES], strict=True):
+            area = width * height * (least + area * (most - least))
+            ratio = narrow * (wide / narrow) ** ratio
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 1 <= w <= width and 1 <= h <= height:
+                return int(draws[-3] * (width - w + 1)), int(draws[-2] * (height - h + 1)), w, h
+        w, h = min(width, max(1, round(height * wide))), min(height, max(1, round(width / narrow)))
+        return (width - w) // 2, (height - h) // 2, w, h
 
 
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
