@@ -32,7 +32,7 @@ COMMANDS = {
 """Each table's command, those for a GPU last."""
 HEAD = """# How fast it is
 
-Written by `python benchmarks/performance.py` from what the benchmarks left in `benchmarks/performance`; `--measure` runs
+Written by `python benchmarks/performance.py` from what the benchmarks left in benchmarks/performance; `--measure` runs
 them. Ratios are measured side by side in one run whose rows take turns; the seconds beside them are this machine's.
 A *bar* is what we ask of it.
 """

@@ -75,9 +75,9 @@ def markdown(ceiling: float = CEILING, decoded: float | None = None) -> str:
         lines.append(f"| {model} | {' | '.join(cells)} |")
     lines += [
         "",
-        "Counted: operations and bytes, with K = 6, S = 160, T = 64 (huge: 168 and 70), bf16. Assumed, not measured: "
-        f"large matrix products at {ceiling / 1e12:.0f} TFLOP/s, as an H100 SXM makes them, and the share of that which "
-        f"a run reaches. ImageNet-1K: {IMAGES:,} images, {EPOCHS} epochs, {GLOBAL_BATCH} images per step.",
+        "Counted: operations and bytes, of K = 6, S = 160, T = 64 (huge: 168 and 70), bf16. Assumed, not measured: "
+        f"large matrix products at {ceiling / 1e12:.0f} TFLOP/s, as an H100 SXM makes them, and the share of it that a "
+        f"run reaches. ImageNet-1K: {IMAGES:,} images, {EPOCHS} epochs, {GLOBAL_BATCH} images per step.",
     ]
     if decoded is not None:
         lines[-1] += (
