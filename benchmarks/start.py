@@ -47,7 +47,7 @@ def shards(files: list[Path], out: Path, pictures: int) -> Path:
     """A folder of tar shards."""
     out.mkdir()
     for shard in range(SHARDS):
-        with tarfile.open(out / f"{shard:03}.tar", "w") as made:
+        with tarfile.open(out / f"{shard:03}.tar", "w", dereference=True) as made:
             for number in range(shard * pictures // SHARDS, (shard + 1) * pictures // SHARDS):
                 made.add(files[number % len(files)], f"{number:07}.jpg")
     return out
