@@ -17,6 +17,8 @@ from cim_models.files import replacing
 KEYS = {"protocol", "model", "data", "settings", "result"}
 """What tells a report from other JSON files in a folder."""
 AXES = {"epoch": "epochs", "images_seen": "images seen"}
+COST = {"images_seen": "images seen", "minutes": "minutes"}
+"""What pretraining took, where a row's weights say it."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,11 @@ class Row:
     def settings(self) -> dict[str, Any]:
         """What all repetitions were made with, and the size of the input."""
         return self.runs[0].settings | {"input": _size(self.runs[0])}
+
+    def cost(self, key: str) -> str:
+        """What the pretraining of its weights took, of `COST`."""
+        value = self.runs[0].model.get(key)
+        return f"{value:,}" if value else ""
 
     @property
     def cells(self) -> dict[str, str]:
@@ -215,7 +222,8 @@ def _table(section: Section) -> str:
     names = list(dict.fromkeys(name for found in cells for name in found))
     settings = [row.settings for row in section.rows]
     differing = _differing(section)
-    table = [["model", "weights sha256", *differing, *names, "seeds", "command"]]
+    cost = [key for key in COST if any(row.cost(key) for row in section.rows)]
+    table = [["model", "weights sha256", *(COST[key] for key in cost), *differing, *names, "seeds", "command"]]
     for row, found, setting in zip(section.rows, cells, settings, strict=True):
         digests = list(dict.fromkeys(str(run.model.get("weights_sha256", ""))[:8] for run in row.runs))
         seeds = [str(_seed(run)) for run in row.runs if _seed(run) is not None]
@@ -223,6 +231,7 @@ def _table(section: Section) -> str:
             [
                 row.name,
                 ", ".join(digests),
+                *map(row.cost, cost),
                 *(str(setting.get(key, "")) for key in differing),
                 *(found.get(name, "") for name in names),
                 ", ".join(seeds),

@@ -15,7 +15,7 @@ FORM = '[{"name": …, "value": …, "data": …, "command": …}, …]'
 
 
 def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
-    """Reads metrics, those of the same name, which differ in their seeds, as one mean.
+    """Reads metrics, those of the same name and data, which differ in their seeds, as one mean.
 
     Args:
         paths: JSON files of `cim evaluate`, or lists of metrics as an entry has them.
@@ -23,7 +23,7 @@ def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
     Raises:
         ConfigError: If a file is neither.
     """
-    found: dict[str, list[Metric]] = {}
+    found: dict[tuple[str, str], list[Metric]] = {}
     for path in paths:
         content = read_json(path)
         try:
@@ -32,7 +32,7 @@ def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigError(f"{path} is neither a result of `cim evaluate` nor metrics {FORM}: {reason}") from error
         for metric in metrics:
-            found.setdefault(metric.name, []).append(metric)
+            found.setdefault((metric.name, metric.data), []).append(metric)
     return tuple(_mean(metrics) for metrics in found.values())
 
 

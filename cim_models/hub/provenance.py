@@ -78,7 +78,7 @@ def seen_by(file: Path) -> dict[str, float]:
         file: Of a run directory or a release folder.
 
     Returns:
-        `images_seen` and `epoch`, of all runs that it came from together; nothing where there is no log.
+        `images_seen`, `epoch` and `minutes`, of all runs that it came from together; nothing where there is no log.
 
     Raises:
         CheckpointError: If a log is damaged, or the directory of a run lacks a file.
@@ -91,13 +91,24 @@ def seen_by(file: Path) -> dict[str, float]:
     else:
         logs = [_log(path) for path in provenance_files(folder) if path.suffix == Path(LOG).suffix]
     ends = [end for log in logs if (end := _end(log))]
-    return {key: sum(end[key] for end in ends) for key in ("images_seen", "epoch")} if ends else {}
+    seen = {key: sum(end[key] for end in ends) for key in ("images_seen", "epoch")} if ends else {}
+    return seen | ({"minutes": round(sum(map(_minutes, logs)), 1)} if seen else {})
 
 
 def _end(log: str) -> dict[str, Any]:
     """The last line of a log that says how far the run was."""
     records = [record for record in map(json.loads, log.splitlines()) if {"images_seen", "epoch"} <= record.keys()]
     return records[-1] if records else {}
+
+
+def _minutes(log: str) -> float:
+    """What a run took, without its start and its saves."""
+    seconds, seen = 0.0, 0
+    for record in map(json.loads, log.splitlines()):
+        if record.get("images_per_second"):
+            seconds += (record["images_seen"] - seen) / record["images_per_second"]
+            seen = record["images_seen"]
+    return seconds / 60
 
 
 def _read(run: Path, encoder: str) -> Stage:
@@ -134,12 +145,11 @@ def _recipe(stage: Stage, head: dict[str, str]) -> str:
     """The run's configuration as a recipe, without folders, under a header that says what it took."""
     recipe = {key: value for key, value in stage.config.items() if key not in LOCAL}
     recipe["data"] = {key: value for key, value in stage.config["data"].items() if key not in ("path", "workers")}
-    hours, seen, last = 0.0, 0, {"step": 0, "steps": 0}
+    last = {"step": 0, "steps": 0}
     for record in map(json.loads, stage.log.splitlines()):
         if record.get("images_per_second"):
-            hours += (record["images_seen"] - seen) / record["images_per_second"] / 3600
-            seen, last = record["images_seen"], {**last, **record}
-    head = {**head, "Time": f"{hours:.1f} hours", "Images": f"{stage.images:,} seen"}
+            last = {**last, **record}
+    head = {**head, "Time": f"{_minutes(stage.log) / 60:.1f} hours", "Images": f"{stage.images:,} seen"}
     if last["step"] < last["steps"]:
         head["Stopped"] = f"after step {last['step']:,} of {last['steps']:,}"
     comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())

@@ -79,7 +79,7 @@ def release(
         raise ConfigError(f"the id of a release of this run is {architecture}.TAG, not {id!r}")
     # A release holds no heads of the global loss, and one encoder.
     pretext = dataclasses.replace(PretextConfig(**json.loads(header.metadata["pretext"])), global_weight=0.0)
-    size = model_args.get("img_size", config["data"]["size"])
+    size = model_args.get("img_size", max(config["data"]["size"], config["views"]["context_size"]))
     images = sum(stage.images for stage in stages)
     entry = Entry(
         id=id,

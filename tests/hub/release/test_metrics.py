@@ -50,6 +50,12 @@ def test_repetitions_become_a_mean(tmp_path):
     assert metric.value == pytest.approx(0.03) and metric.data.endswith("; mean of 2")
 
 
+def test_other_data_are_no_repetition(tmp_path):
+    paths = [knn(tmp_path / f"{i}.json", headline) for i, headline in enumerate((0.02, 0.04))]
+    paths[1].write_text(paths[1].read_text().replace('"path": "val"', '"path": "other"'))
+    assert [metric.value for metric in read_metrics(paths)] == [0.02, 0.04]
+
+
 def test_a_list_of_metrics(tmp_path):
     listed = [{"name": "a", "value": 1.0, "data": "b", "command": "c"}]
     (tmp_path / "m.json").write_text(json.dumps(listed))

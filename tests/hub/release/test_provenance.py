@@ -65,7 +65,7 @@ def test_runs_that_started_from_others(run, tmp_path, root):
         assert load_recipe(folder / name).views.exemplars.count == 4
     assert "192,000 images" in (folder / "README.md").read_text()
     for place in (third / "online.safetensors", folder / "model.safetensors"):
-        assert seen_by(place) == {"images_seen": 192000, "epoch": 5}
+        assert seen_by(place) == {"images_seen": 192000, "epoch": 5, "minutes": 800}
 
 
 def test_how_long_an_encoder_without_a_log_was_trained(run, tmp_path):
