@@ -24,17 +24,19 @@ from cim_models.pretraining import load_recipe
 DATA = "Tiny ImageNet-200, all 100,000 training images of 64 × 64 pixels, labels unused"
 TERMS = "images of ImageNet: non-commercial research and educational use only"
 LICENCE = "cc-by-nc-4.0"
+PROTOCOLS = ("knn", "linear", "lowshot", "finetune", "segment", "correlation")
+"""In the order in which a card shows them."""
 
 
 def metrics(results: Path, run: Path) -> tuple[Path, ...]:
     """The results that measured an encoder of a run, or random weights with the same recipe."""
-    reports = {path: Report.load(path) for path in sorted(results.rglob("*.json"))}
-    return tuple(
-        path
-        for path, report in reports.items()
-        if run in (Path(report.model["model"]), Path(report.model["model"]).parent)
-        and not report.settings.get("from_scratch")
-    )
+    found = []
+    for path in results.rglob("*.json"):
+        report = Report.load(path)
+        model = Path(report.model["model"])
+        if run in (model, model.parent) and not report.settings.get("from_scratch"):
+            found.append(((PROTOCOLS.index(report.protocol.partition("-")[0]), str(path)), path))
+    return tuple(path for _, path in sorted(found))
 
 
 def hardware(run: Path) -> str:

@@ -13,6 +13,7 @@ it. `--rehearse` takes a few small steps of everything instead, on any machine.
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from cim_models.files import replacing
 from cim_models.hub.store import read_header
 from cim_models.pretraining import pretrain
 from cim_models.pretraining.config import PretrainConfig, from_dict
+from cim_models.pretraining.diagnostics import hold_out
 from cim_models.pretraining.readers import open_records
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,7 +49,7 @@ REHEARSAL = {
     "diagnostics": {"held_out": 8, "every": 8},
     "optimiser": {"batch_size": 4},
 }
-"""What a rehearsal does otherwise, in 64 images."""
+"""What a rehearsal does otherwise, in 40 images."""
 
 
 @dataclass
@@ -99,11 +101,18 @@ def configuration(
     layers = [_read_yaml(RECIPES / "whole.yaml"), _read_yaml(RECIPES / "start.yaml") if start else {}]
     layers += [table.runs[name] or {}, REHEARSAL if rehearse else {}]
     config: PretrainConfig = from_dict(PretrainConfig, merged(*layers), name)
-    optimiser, epochs = config.optimiser, images / len(open_records(data))
-    optimiser.epochs, optimiser.warmup_epochs = epochs, optimiser.warmup_epochs / optimiser.epochs * epochs
     config.data.path, config.out = str(data), str(out / "start" / name if start else out / name)
     config.resume = "auto"
+    stretch(config, images)
     return config
+
+
+def stretch(config: PretrainConfig, images: int) -> None:
+    """Makes a run as long as it takes to see so many images, its warm-up in proportion."""
+    optimiser = config.optimiser
+    trained_on, _ = hold_out(len(open_records(config.data.path)), config.diagnostics.held_out, config.seed)
+    epochs = images / max(1, len(trained_on) // optimiser.batch_size * optimiser.batch_size)
+    optimiser.epochs, optimiser.warmup_epochs = epochs, optimiser.warmup_epochs / optimiser.epochs * epochs
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def train(table: Table, name: str, data: Path, out: Path, rehearse: bool = False
     if finished(out / name):
         print(f"# {out / name} is there", flush=True)
         return
-    images = 64 if rehearse else budget(table, name, data, out)
+    images = 40 if rehearse else budget(table, name, data, out)
     first = min(table.start_images, images // 10)
     for start, part in [(True, first), (False, images - first)][not first :]:
         config = configuration(table, name, data, out, part, start, rehearse)
@@ -129,7 +138,13 @@ def train(table: Table, name: str, data: Path, out: Path, rehearse: bool = False
         if not finished(Path(config.out)):
             print(f"# {config.out}: {part:,} images", flush=True)
             with metered(Path(config.out)):
-                pretrain(config)
+                run(config)
+
+
+def run(config: PretrainConfig) -> None:
+    """Pretrains, and gives back what the run held: cycles keep it on the device until they are collected."""
+    pretrain(config)
+    gc.collect()
 
 
 def finished(run: Path) -> bool:
@@ -159,9 +174,8 @@ def pace(config: PretrainConfig) -> float:
     """Images per second that a run trains on, once it is under way."""
     with tempfile.TemporaryDirectory() as folder:
         config.out, config.log_every = f"{folder}/pace", PACE // 3
-        config.optimiser.epochs = PACE * config.optimiser.batch_size / len(open_records(config.data.path))
-        config.optimiser.warmup_epochs, config.diagnostics.held_out = 0.0, 0
-        pretrain(config)
+        stretch(config, PACE * config.optimiser.batch_size)
+        run(config)
         log = map(json.loads, _lines(Path(config.out) / "log.jsonl"))
         return [record["images_per_second"] for record in log if "images_per_second" in record][-1]
 
@@ -186,7 +200,7 @@ def metered(run: Path) -> Iterator[None]:
             file.write(json.dumps({"device": device, "seconds": round(seconds, 1), "watts": watts}) + "\n")
 
 
-def hold_out(source: Path, share: float, folder: Path) -> Path:
+def hold_out_classes(source: Path, share: float, folder: Path) -> Path:
     """Lists a share of each class apart: `train.csv` and `val.csv` with labels, and `train.txt` to pretrain on."""
     split = splits.read_split(source)
     names = [os.path.relpath(path, folder) for path in split.paths]
@@ -228,7 +242,7 @@ def main() -> int:
             )
         data = options.data
         if table.held_out:
-            data = hold_out(data, table.held_out, options.out / "held-out")
+            data = hold_out_classes(data, table.held_out, options.out / "held-out")
         for name in options.only or table.runs:
             train(table, name, data, options.out, options.rehearse)
     except CimModelsError as error:

@@ -13,6 +13,9 @@ from cim_models.hub.manifest import read_json
 
 FORM = '[{"name": …, "value": …, "data": …, "command": …}, …]'
 
+NOT_FOUND = ("headline", "chance", "epochs", "best_epoch", "lr")
+"""Numbers of a result that say how it came about, or stand elsewhere."""
+
 
 def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
     """Reads metrics, those of the same name and data, which differ in their seeds, as one mean.
@@ -40,7 +43,7 @@ def _of_report(report: dict[str, Any]) -> list[Metric]:
     """The headline of a measurement, and the other numbers that it found."""
     result, protocol = report["result"], report["protocol"].partition("-")[0]
     values = {result["metric"].lower().replace("-", ""): result["headline"]}
-    values |= {name: x for name, x in result.items() if isinstance(x, float) and name not in ("headline", "chance")}
+    values |= {name: x for name, x in result.items() if isinstance(x, float) and name not in NOT_FOUND}
     whose, data = _whose(report["model"]), "; ".join(map(_split, report["data"].values()))
     return [
         Metric(f"{protocol}_{name}{whose}", value, data, report["command"])

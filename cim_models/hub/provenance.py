@@ -149,7 +149,9 @@ def _recipe(stage: Stage, head: dict[str, str]) -> str:
     for record in map(json.loads, stage.log.splitlines()):
         if record.get("images_per_second"):
             last = {**last, **record}
-    head = {**head, "Time": f"{_minutes(stage.log) / 60:.1f} hours", "Images": f"{stage.images:,} seen"}
+    minutes = _minutes(stage.log)
+    took = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    head = {**head, "Time": took, "Images": f"{stage.images:,} seen"}
     if last["step"] < last["steps"]:
         head["Stopped"] = f"after step {last['step']:,} of {last['steps']:,}"
     comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())
