@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from cim_models import backbones
-from cim_models.errors import ConfigError, DataError
+from cim_models.errors import ConfigError
 from cim_models.evaluation.report import report
 from cim_models.evaluation.splits import read_split
 from cim_models.hub.load import create_model
@@ -135,8 +135,7 @@ def test_shards_hold_what_the_folder_holds(pictures, tmp_path):
     assert (
         read_split(tmp_path / "there" / "train").fingerprint()["sha256"] == read_split(pictures).fingerprint()["sha256"]
     )
-    with pytest.raises(DataError, match="more than a shard of 11,000"):
-        pack(pictures, tmp_path, size=11_000)
+    assert len(pack(pictures, tmp_path, size=0)) == 24  # one alone may be larger
 
 
 @pytest.mark.slow

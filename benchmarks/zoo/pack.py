@@ -8,20 +8,16 @@ first 20 images of the first 10 classes of each folder.
 """
 
 import argparse
-import io
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cim_models.errors import DataError
+from cim_models.errors import CimModelsError
 from cim_models.files import replacing
 from cim_models.images import find_images
 
 CLASSES, IMAGES = 10, 20
 """Of a folder, in a rehearsal."""
-BLOCK = 2 * tarfile.BLOCKSIZE
-"""More than what tar adds to a file."""
 
 
 def pack(folder: Path, out: Path, size: int, rehearse: bool = False) -> list[Path]:
@@ -30,7 +26,7 @@ def pack(folder: Path, out: Path, size: int, rehearse: bool = False) -> list[Pat
     Args:
         folder: Of images; members are named from it on.
         out: Folder for the shards.
-        size: Of a shard, in bytes at most.
+        size: Of a shard in bytes, at most, unless one image alone has more.
         rehearse: Only some of them.
 
     Returns:
@@ -39,33 +35,22 @@ def pack(folder: Path, out: Path, size: int, rehearse: bool = False) -> list[Pat
     paths = find_images(folder)
     if rehearse:
         classes = sorted({path.parent for path in paths})[:CLASSES]
-        paths = [path for name in classes for path in [p for p in paths if p.parent == name][:IMAGES]]
-    shards = []
-    for number, members in enumerate(_parts(paths, size)):
-        with replacing(out / f"{folder.name}-{number:03}.tar") as temporary, tarfile.open(temporary, "w") as archive:
-            for path in members:
-                entry = tarfile.TarInfo(f"{folder.name}/{path.relative_to(folder).as_posix()}")
-                content = path.read_bytes()
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-        shards.append(out / f"{folder.name}-{number:03}.tar")
-    return shards
-
-
-def _parts(paths: Sequence[Path], size: int) -> Iterator[list[Path]]:
-    """The paths in order, in parts that fill a shard each."""
-    part: list[Path] = []
-    room = full = size - tarfile.RECORDSIZE
+        paths = [path for name in classes for path in [path for path in paths if path.parent == name][:IMAGES]]
+    parts: list[list[Path]] = []
+    room = 0
     for path in paths:
-        needed = path.stat().st_size + BLOCK
-        if needed > full:
-            raise DataError(f"{path}: {needed:,} bytes, more than a shard of {size:,}; give larger shards")
+        needed = path.stat().st_size + 2 * tarfile.BLOCKSIZE
         if needed > room:
-            yield part
-            part, room = [], full
-        part.append(path)
+            parts.append([])
+            room = size - tarfile.RECORDSIZE
+        parts[-1].append(path)
         room -= needed
-    yield part
+    shards = [out / f"{folder.name}-{number:03}.tar" for number in range(len(parts))]
+    for shard, part in zip(shards, parts, strict=True):
+        with replacing(shard) as temporary, tarfile.open(temporary, "w") as archive:
+            for path in part:
+                archive.add(path, f"{folder.name}/{path.relative_to(folder).as_posix()}")
+    return shards
 
 
 def main() -> int:
@@ -81,7 +66,7 @@ def main() -> int:
         for folder in options.folders:
             for shard in pack(folder, options.out, int(1e6 * options.megabytes), options.rehearse):
                 print(f"{shard}  {shard.stat().st_size / 1e6:.1f} MB")
-    except DataError as error:
+    except CimModelsError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

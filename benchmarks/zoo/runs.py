@@ -147,12 +147,12 @@ def run(config: PretrainConfig) -> None:
     gc.collect()
 
 
-def finished(run: Path) -> bool:
+def finished(folder: Path) -> bool:
     """Whether a run has come to its end."""
-    if not (run / "online.safetensors").is_file():
+    if not (folder / "online.safetensors").is_file():
         return False
-    steps = [record["steps"] for record in map(json.loads, _lines(run / "log.jsonl")) if "steps" in record]
-    return int(read_header(run / "online.safetensors").metadata["step"]) == steps[-1]
+    steps = [record["steps"] for record in map(json.loads, _lines(folder / "log.jsonl")) if "steps" in record]
+    return int(read_header(folder / "online.safetensors").metadata["step"]) == steps[-1]
 
 
 def budget(table: Table, name: str, data: Path, out: Path) -> int:
@@ -181,7 +181,7 @@ def pace(config: PretrainConfig) -> float:
 
 
 @contextlib.contextmanager
-def metered(run: Path) -> Iterator[None]:
+def metered(folder: Path) -> Iterator[None]:
     """Adds a line to the run's cost.jsonl: device, seconds, and the mean power where nvidia-smi tells it."""
     command = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "--loop=5"]
     meter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if shutil.which(command[0]) else None
@@ -192,11 +192,11 @@ def metered(run: Path) -> Iterator[None]:
         seconds, watts = time.monotonic() - start, None
         if meter is not None:
             meter.terminate()
-            said = meter.communicate()[0].split()
+            said = [word for word in meter.communicate()[0].split() if word.replace(".", "", 1).isdigit()]
             watts = mean(map(float, said)) if said else None
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        run.mkdir(parents=True, exist_ok=True)
-        with open(run / "cost.jsonl", "a") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "cost.jsonl", "a") as file:
             file.write(json.dumps({"device": device, "seconds": round(seconds, 1), "watts": watts}) + "\n")
 
 
