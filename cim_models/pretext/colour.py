@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cim_models.pretext.constants import constant
+
 DRAWS = 9
 """Uniform numbers that one exemplar uses."""
 BLUR_REACH = 6
@@ -124,7 +126,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     chroma = value - least
     from_red = torch.copysign((g - least).add_(b).sub_(r).add_(chroma), g - b)
     hue = from_red.div_((6 * chroma).clamp_min_(1e-8)).add_(turns.view(-1, 1, 1))
-    distance = hue[:, None] - x.new_tensor([1 / 2, 5 / 6, 1 / 6]).view(1, 3, 1, 1)
+    distance = hue[:, None] - constant((1 / 2, 5 / 6, 1 / 6), x.device, x.dtype).view(1, 3, 1, 1)
     ramp = torch.rsub(distance.sub_(distance.round()).abs_(), 2, alpha=6).clamp_(0, 1)
     return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1)
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cim_models.pretext.constants import constant
+
 CANDIDATES = 10
 """Rectangles drawn for each exemplar, of which the first that fits into the source is taken."""
 DRAWS = 5 * CANDIDATES + 1
@@ -79,7 +81,7 @@ def draw_rectangles(uniforms: Tensor, height: int, width: int, config: ExemplarC
     half = 0.5 * torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)
     cos, sin = angle.cos().abs(), angle.sin().abs()
     reach = torch.stack([half[..., 0] * cos + half[..., 1] * sin, half[..., 0] * sin + half[..., 1] * cos], dim=-1)
-    limit = reach.new_tensor([width / 2, height / 2])
+    limit = constant((width / 2, height / 2), reach.device, reach.dtype)
     excess = (reach / limit).amax(dim=-1)
     fits = excess <= 1
     fits[..., -1] = True
@@ -113,7 +115,7 @@ def crop(source: Tensor, rectangles: Rectangles, size: int) -> Tensor:
     shrink = 2 * rectangles.half.prod(dim=-1).sqrt() / size
     level = ((shrink / SHRINK).log2().floor().long() + 1).clamp(0, len(sizes) - 1)
     corner, extent, scale = corners[level], sizes[level], 0.5 ** level[..., None]
-    unit = 2 / corners.new_tensor([atlas.shape[3], atlas.shape[2]])
+    unit = 2 / constant((atlas.shape[3], atlas.shape[2]), corners.device)
     centre, u, v = _frame(rectangles)
     grid = _lattice((centre * scale + corner) * unit - 1, u * scale * unit, v * scale * unit, size)
     least, greatest = (x[:, :, None, None] * unit - 1 for x in (corner + 0.5, corner + extent - 0.5))
@@ -197,8 +199,7 @@ def _pyramid(source: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         corners.append((width, y))
         sizes.append((w, h))
         y += h
-    as_tensor = torch.tensor([corners, sizes], device=source.device, dtype=torch.float32)
-    return atlas, as_tensor[0], as_tensor[1]
+    return atlas, constant(tuple(corners), source.device), constant(tuple(sizes), source.device)
 
 
 def _halve(x: Tensor) -> Tensor:

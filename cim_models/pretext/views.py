@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cim_models.pretext import colour, exemplars
 from cim_models.pretext.colour import ColourConfig
+from cim_models.pretext.constants import constant
 from cim_models.pretext.exemplars import ExemplarConfig
 
 DRAWS = exemplars.DRAWS + colour.DRAWS
@@ -73,4 +74,4 @@ def denormalise(images: Tensor) -> Tensor:
 
 
 def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).view(3, 1, 1)
+    return constant(values, like.device, like.dtype).view(3, 1, 1)

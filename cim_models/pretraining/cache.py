@@ -2,11 +2,9 @@
 
 import multiprocessing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +15,7 @@ from tqdm import tqdm
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import decoded_size
 from cim_models.pretraining.data import Pictures, start_worker
+from cim_models.pretraining.memory import free_memory, room
 from cim_models.pretraining.readers import Records, read_record
 from cim_models.pretraining.shared import machine, shared_memory
 from cim_models.processes import ALONE, Processes
@@ -102,9 +101,8 @@ class OnDevice(Pictures):
 
     def __init__(self, pictures: Pictures, side: int, workers: int, device: torch.device) -> None:
         vars(self).update(vars(pictures))
-        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
         what = f"data.cache is device: {len(pictures)} pictures of {side} × {side}"
-        check_room(3 * side * side * len(pictures), room, what)
+        check_room(3 * side * side * len(pictures), room(device), what)
         self.squares = torch.empty(len(pictures), 3, side, side, dtype=torch.uint8, device=device)
         self.sizes = np.zeros((len(pictures), 2), np.int64)
         self.unreadable: dict[int, str] = {}
@@ -147,20 +145,6 @@ class OnDevice(Pictures):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, decode=self._place)
-
-
-def free_memory() -> int:
-    """Bytes that this process may still use: of the machine, or of the container that it runs in."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file, or it says "max"
-            continue
-    return max(free, 0)
 
 
 def check_room(needed: int, free: int, what: str) -> None:

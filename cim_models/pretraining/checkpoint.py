@@ -134,6 +134,8 @@ def load(
         )
     try:
         cim.load_state_dict(state["model"])
+        for group in state["optimiser"]["param_groups"]:
+            group["fused"] = optimiser.defaults["fused"]  # of this device, not of the one before
         optimiser.load_state_dict(state["optimiser"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model of its own configuration: {error}") from error

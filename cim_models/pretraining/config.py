@@ -68,8 +68,8 @@ class BackboneConfig:
 class OptimiserConfig:
     """AdamW and its schedules; the defaults are those of the released recipe."""
 
-    batch_size: int = 256
-    """Images per process and backward pass."""
+    batch_size: int | Literal["auto"] = 256
+    """Images per process and backward pass; auto: the most that fit the memory, which is measured first."""
     accumulation: int = 1
     """Backward passes per optimiser step."""
     epochs: float = 300.0
@@ -168,7 +168,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("from 0 to half a turn", lambda x: 0 <= x <= 0.5, "views.colour.hue"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed"),
     ("greater than 0, or None", lambda x: x is None or 0 < x < math.inf, "optimiser.clip save_minutes"),
-    ("2 or more: images are compared with each other", lambda x: x >= 2, "optimiser.batch_size"),
+    ("2 or more, or auto: images are compared", lambda x: x == "auto" or x >= 2, "optimiser.batch_size"),
 )
 """What each number of a configuration may be."""
 RISING = (

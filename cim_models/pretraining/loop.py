@@ -1,6 +1,7 @@
 """The whole run: images in, a pretrained encoder out."""
 
 import atexit
+import dataclasses
 import logging
 import time
 from contextlib import closing, nullcontext
@@ -11,26 +12,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from timm.layers import DropPath
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cim_models import backbones
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.files import replacing
 from cim_models.plots import correlation_sheet
 from cim_models.precision import fast_bf16
 from cim_models.pretext import views as views_module
 from cim_models.pretext.measures import location_prior
-from cim_models.pretext.model import CIM
 from cim_models.pretext.views import Views, denormalise, make_views
 from cim_models.pretraining import checkpoint, schedules
+from cim_models.pretraining.build import adamw, build, find_batch_size, found_before, state_bytes
 from cim_models.pretraining.cache import OnDevice, SharedMemory
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
 from cim_models.pretraining.log import Log
+from cim_models.pretraining.memory import Meter, in_words
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
@@ -76,10 +75,17 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     records = open_records(config.data.path)
     trained_on, held_out = hold_out(len(records), config.diagnostics.held_out, config.seed)
     pictures = pictures_of(config, Subset(records, trained_on))
-    batches = GlobalBatches(len(pictures), optim.batch_size, config.seed, rank, processes, total_steps=0)
-    global_batch = optim.batch_size * optim.accumulation * processes
+    batch_size = optim.batch_size
+    if batch_size == "auto":
+        settings = (accelerator.device, autocast, processes)
+        batch_size = found_before(directory) if resume else find_batch_size(config, len(pictures), *settings)
+        config = dataclasses.replace(config, optimiser=dataclasses.replace(optim, batch_size=batch_size))
+        if accelerator.is_main_process:
+            logger.info("optimiser.batch_size: auto is %d", batch_size)
+    batches = GlobalBatches(len(pictures), batch_size, config.seed, rank, processes, total_steps=0)
+    global_batch = batch_size * optim.accumulation * processes
     steps_per_epoch = batches.steps_per_epoch / optim.accumulation
-    order = checkpoint.Order(global_batch, batches.steps_per_epoch * optim.batch_size * processes)
+    order = checkpoint.Order(global_batch, batches.steps_per_epoch * batch_size * processes)
     steps, warmup = round(optim.epochs * steps_per_epoch), round(optim.warmup_epochs * steps_per_epoch)
     if steps_per_epoch < 1 or steps < 1:
         raise ConfigError(
@@ -100,8 +106,8 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
         checkpoint.start_from(Path(config.init), cim)
     if processes > 1 and accelerator.device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
-    optimiser = torch.optim.AdamW(param_groups_weight_decay(cim, optim.weight_decay), betas=optim.betas)
-    model, optimiser = accelerator.prepare(cim, optimiser)
+    cim = cim.to(accelerator.device)
+    model, optimiser = accelerator.prepare(cim, adamw(cim, optim, accelerator.device))
     cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
     trained = [p for p in cim.parameters() if p.requires_grad]
     start = checkpoint.load(directory, cim, optimiser, steps, config, order) if resume else 0
@@ -127,9 +133,11 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     failed: list[str] = []
     waited, clock = 0.0, time.perf_counter()
 
+    meter = Meter(accelerator.device)
     points = SavePoints(config, steps, rank, processes)
     bar = tqdm(total=steps, initial=start, unit_scale=global_batch, unit="img", disable=not main)
-    with none_is_lost(processes), closing(log), closing(bar), closing(stream), points:
+    with none_is_lost(processes), closing(log), closing(bar), closing(stream), closing(meter), points:
+        meter.start()
         for step in range(start, steps):
             done = step + 1
             lr = schedules.learning_rate(step, steps, warmup, optim.lr * scale, optim.min_lr * scale)
@@ -151,6 +159,10 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 accelerator.backward(output.loss / optim.accumulation)
                 losses.append(output.loss.detach())
 
+            if step == start:
+                meter.stop(0 if start else state_bytes(trained))
+                if main:
+                    logger.info("%s", in_words(meter, batch_size))
             norms.append(accelerator.clip_grad_norm_(trained, optim.clip or float("inf")))
 
             saves = points.reached(done)
@@ -168,8 +180,8 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                     "step": done, "steps": steps, "epoch": round(done / steps_per_epoch, 4),
                     "images_seen": done * global_batch, **dict(zip(numbers, mean, strict=True)),
                     "prior_loss": prior_loss, "lr": lr, "momentum": momentum, "grad_norm": float(norms[-1]),
-                    "images_per_second": len(losses) * optim.batch_size * processes / elapsed,
-                    "data_wait": waited / elapsed, "unreadable": len(unreadable),
+                    "images_per_second": len(losses) * batch_size * processes / elapsed,
+                    "data_wait": waited / elapsed, "unreadable": len(unreadable), "peak_memory": meter.peak,
                 })  # fmt: skip
                 bar.set_postfix(loss=f"{mean[0]:.3f}", prior=f"{prior_loss:.3f}", gap=f"{mean[1]:.3f}")
                 for values in (losses, norms, failed):
@@ -208,36 +220,6 @@ def pictures_of(config: PretrainConfig, records: Records) -> Pictures:
         records, data.size, data.crop_area, data.crop_ratio, data.flip, exemplars=exemplars.count,
         draws=views_module.DRAWS, seed=config.seed,
     )  # fmt: skip
-
-
-def build(config: PretrainConfig, log_odds: float) -> CIM:
-    """The untrained model of a run, its head answering with the prior's log-odds.
-
-    Raises:
-        ConfigError: If there is no such backbone, or its patches do not tile the images.
-    """
-    args: dict[str, Any] = {"drop_path_rate": config.backbone.drop_path}
-    if not config.model.startswith("cim_resnet"):
-        args["img_size"] = config.backbone.img_size
-    online: Any = backbones.build(config.model, **args)
-    cim = CIM(online, config.pretext)
-    if isinstance(online, backbones.VisionTransformer):
-        patch = online.patch_embed.patch_size[0]
-        sizes = {
-            "backbone.img_size": config.backbone.img_size,
-            "views.context_size": config.views.context_size,
-            "views.exemplars.size": config.views.exemplars.size,
-        }
-        for name, size in sizes.items():
-            if size % patch:
-                raise ConfigError(f"{name} is {size}; it must be a multiple of {config.model}'s patches of {patch}")
-    for module in cim.target.modules() if cim.target is not None else ():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    online.set_grad_checkpointing(config.backbone.grad_checkpointing)
-    head: Any = cim.head
-    head.start_from(log_odds)
-    return cim
 
 
 def save_samples(directory: Path, views: Views, logits: Tensor, images: int = 6, exemplars: int = 3) -> None:

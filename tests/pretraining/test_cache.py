@@ -15,7 +15,7 @@ from PIL import Image
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import find_images, read_image
 from cim_models.pretraining import cache
-from cim_models.pretraining.cache import OnDevice, SharedMemory, check_room, free_memory
+from cim_models.pretraining.cache import OnDevice, SharedMemory, check_room
 from cim_models.pretraining.data import GlobalBatches, Pictures, batch_of, loader
 from cim_models.pretraining.loop import pretrain
 from cim_models.pretraining.readers import Files
@@ -138,23 +138,12 @@ def test_what_does_not_fit_is_refused(images, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 50_000)
     with pytest.raises(ConfigError, match="data.cache is ram: 10 decoded pictures take .* GB, and 5e-05 GB are free"):
         SharedMemory.of(pictures(images), 0)
+    monkeypatch.setattr(cache, "room", lambda device: 50_000)
     with pytest.raises(ConfigError, match="data.cache is device: 10 pictures of 64 × 64 take 0.000123 GB"):
         OnDevice(pictures(images), 64, 0, CPU)
     check_room(900, 1000, "what fits")
     with pytest.raises(ConfigError, match="give data.cache none, or fewer images"):
         check_room(901, 1000, "what does not")
-
-
-def test_free_memory_is_the_containers(monkeypatch, tmp_path):
-    machine = free_memory()
-    assert 0 < machine < 2**50
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    inside = cache.Path
-    monkeypatch.setattr(cache, "Path", lambda name: tmp_path / inside(name).name)
-    assert free_memory() == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory() > 3000
 
 
 @pytest.mark.parametrize("workers", [0, 2])

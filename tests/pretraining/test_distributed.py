@@ -72,7 +72,7 @@ def kill(step, *others):
 schedules.momentum = kill
 pretrain(load_recipe(sys.argv[1]))
 """
-TIMES = {"images_per_second", "data_wait"}
+TIMES = {"images_per_second", "data_wait", "peak_memory"}
 
 
 def launch(program: str, tmp_path: Path, *arguments: Path) -> subprocess.CompletedProcess:

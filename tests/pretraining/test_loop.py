@@ -28,15 +28,16 @@ from cim_models.pretext.colour import ColourConfig
 from cim_models.pretext.measures import agreement, location_prior
 from cim_models.pretext.views import make_views
 from cim_models.pretraining import loop, schedules
+from cim_models.pretraining.build import build
 from cim_models.pretraining.config import PretrainConfig, load_recipe, to_dict
 from cim_models.pretraining.data import GlobalBatches, Pictures, loader
-from cim_models.pretraining.loop import build, pretrain
+from cim_models.pretraining.loop import pretrain
 from cim_models.pretraining.readers import Files
 
-TIMES = {"images_per_second", "data_wait"}
+TIMES = {"images_per_second", "data_wait", "peak_memory"}
 NUMBERS = {
     "step", "steps", "epoch", "images_seen", "loss", "gap", "iou", "iou_shuffled", "cosine", "deviation", "prior_loss",
-    "lr", "momentum", "grad_norm", "images_per_second", "data_wait", "unreadable",
+    "lr", "momentum", "grad_norm", "images_per_second", "data_wait", "unreadable", "peak_memory",
 }  # fmt: skip
 
 

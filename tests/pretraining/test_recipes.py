@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cim_models.pretext.model import PretextConfig
+from cim_models.pretraining.build import build
 from cim_models.pretraining.config import RECIPES, PretrainConfig, load_recipe, recipes, to_dict
-from cim_models.pretraining.loop import build
 
 NAMES = [
     "cpu-demo",
