@@ -1,12 +1,12 @@
 """One interface over both families of encoder: images → (class or mean token, patch tokens, grid)."""
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from timm.models import checkpoint_seq
 from timm.models.resnet import ResNet
-from torch import Tensor
+from torch import Tensor, nn
 
 from cim_models.backbones.vit import VisionTransformer
 
@@ -61,6 +61,14 @@ def encode(encoder: Encoder, images: Tensor, pos_embed: Tensor | None = None) ->
     x = encoder.norm(x)
     prefix, patches = x[:, : encoder.num_prefix_tokens], x[:, encoder.num_prefix_tokens :]
     return Tokens(prefix[:, 0] if prefix.shape[1] else patches.mean(dim=1), patches, grid, prefix)
+
+
+def blocks(encoder: Encoder) -> list[nn.Module]:
+    """The residual blocks of an encoder, in order: most of what it computes."""
+    if isinstance(encoder, VisionTransformer):
+        return list(encoder.blocks)
+    stages: Any = (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4)
+    return [block for stage in stages for block in stage]
 
 
 def resample_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -61,7 +61,7 @@ class Output(NamedTuple):
     context: Tokens
     """Of the target encoder."""
     exemplars: Tensor
-    """(B, K, M, D) tokens of the online encoder."""
+    """(B, K, M, D) tokens of the online encoder, without gradient."""
 
 
 def no_gather(projections: Tensor) -> tuple[Tensor, int]:
@@ -135,7 +135,7 @@ class CIM(nn.Module):
             losses = info_nce(self.global_head(summaries), contexts, first, self.config.global_temperature)
             global_loss = losses.mean() * per_image
         loss = self.config.correlation_weight * correlation_loss + self.config.global_weight * global_loss
-        return Output(loss, logits, correlation_loss, global_loss, tokens, sequence)
+        return Output(loss, logits, correlation_loss, global_loss, tokens, sequence.detach())
 
     @torch.no_grad()
     def locate(self, context: Tensor, exemplars: Tensor) -> Tensor:
@@ -197,6 +197,6 @@ class CIM(nn.Module):
         grid = (images.shape[-2] // patch.patch_size[0], images.shape[-1] // patch.patch_size[1])
         key = (*grid, images.device)
         if key not in self._pos_embeds:
-            embed = self.online.pos_embed.detach()
+            embed = self.online.pos_embed.detach().clone()
             self._pos_embeds[key] = resample_pos_embed(embed, patch.grid_size, grid)
         return self._pos_embeds[key]

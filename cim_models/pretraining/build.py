@@ -1,6 +1,7 @@
 """The model of a run and its optimiser, and how many images at once they have memory for."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from cim_models import backbones
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.pretext.model import CIM
 from cim_models.pretext.views import DRAWS, make_views
 from cim_models.pretraining.config import OptimiserConfig, PretrainConfig, load_recipe
 from cim_models.pretraining.diagnostics import diagnose
 from cim_models.pretraining.memory import largest_batch
+from cim_models.pretraining.sharding import local
 from cim_models.processes import launched
 
 
@@ -57,9 +60,17 @@ def adamw(cim: CIM, config: OptimiserConfig, device: torch.device) -> torch.opti
     return torch.optim.AdamW(groups, betas=config.betas, fused=device.type in ("cpu", "cuda"))
 
 
+def remember_positions(cim: CIM, config: PretrainConfig) -> None:
+    """Lets the model compute its position embeddings for the sizes of a run, which it keeps, before it trains."""
+    zeros = partial(torch.zeros, device=next(cim.parameters()).device)
+    size, side = config.views.exemplars.size, config.views.context_size
+    with evaluation_mode(cim):
+        cim.locate(zeros(1, 3, side, side), zeros(1, 1, 3, size, size))
+
+
 def state_bytes(trained: Sequence[Tensor]) -> int:
-    """What AdamW keeps of these parameters once it has made a step: two numbers for each."""
-    return sum(2 * p.nbytes for p in trained)
+    """What AdamW keeps of these parameters here once it has made a step: two numbers for each."""
+    return sum(2 * local(p).nbytes for p in trained)
 
 
 def found_before(directory: Path) -> int:

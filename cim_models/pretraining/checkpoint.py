@@ -10,21 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from cim_models.errors import CheckpointError
 from cim_models.files import replacing
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
+from cim_models.pretraining.sharding import spread, whole
 from cim_models.state import load_state, save_state
 
 NOT_COMPARED = (
     "out", "resume", "log_every", "save_every", "save_minutes", "keep", "tensorboard", "data.workers", "data.path",
-    "diagnostics.every",
+    "diagnostics.every", "compile", "shard",
 )  # fmt: skip
 """Settings that may change between a run and its continuation."""
 BEFORE = {"diagnostics.held_out": 0}
 """What checkpoints that do not know these settings were made with, where that was not the default."""
+
+
+PARTS = ("online", "target", "head")
+"""What a run exports, by the names of the files."""
 
 
 class Order(NamedTuple):
@@ -36,10 +41,21 @@ class Order(NamedTuple):
     """Images of an epoch: all but those of a last, incomplete backward pass of all processes."""
 
 
+class States(NamedTuple):
+    """What a checkpoint holds of a model and of its optimiser: whole tensors, in the first process of a run."""
+
+    model: dict[str, Tensor]
+    optimiser: dict[str, Any]
+
+    @classmethod
+    def of(cls, cim: CIM, optimiser: torch.optim.Optimizer) -> "States":
+        """Asked for by all processes where the model is sharded."""
+        return cls(whole(cim.state_dict()), whole(optimiser.state_dict()))
+
+
 def save(
     directory: Path,
-    cim: CIM,
-    optimiser: torch.optim.Optimizer,
+    states: States,
     step: int,
     steps: int,
     config: PretrainConfig,
@@ -56,8 +72,8 @@ def save(
         "format": 1,
         "step": step,
         "steps": steps,
-        "model": cim.state_dict(),
-        "optimiser": optimiser.state_dict(),
+        "model": states.model,
+        "optimiser": states.optimiser,
         "config": to_dict(config),
         "order": list(order or ()),
     }
@@ -133,11 +149,15 @@ def load(
             "are not the same"
         )
     try:
-        cim.load_state_dict(state["model"])
+        shards = cim.state_dict()
+        cim.load_state_dict({name: spread(tensor, shards.get(name, tensor)) for name, tensor in state["model"].items()})
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        for index, values in state["optimiser"]["state"].items():
+            values.update({name: spread(tensor, parameters[index]) for name, tensor in values.items()})
         for group in state["optimiser"]["param_groups"]:
             group["fused"] = optimiser.defaults["fused"]  # of this device, not of the one before
         optimiser.load_state_dict(state["optimiser"])
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model of its own configuration: {error}") from error
     return step
 
@@ -148,7 +168,10 @@ def start_from(directory: Path, cim: CIM) -> None:
     Raises:
         CheckpointError: If a file is missing or damaged, or holds another model.
     """
-    for name, module in _parts(cim).items():
+    for name in PARTS:
+        module: nn.Module | None = getattr(cim, name)
+        if module is None:
+            continue
         path = directory / f"{name}.safetensors"
         try:
             module.load_state_dict(load_file(path))
@@ -156,26 +179,34 @@ def start_from(directory: Path, cim: CIM) -> None:
             raise CheckpointError(f"{path}: not what a run of this model exports: {error}") from error
 
 
-def _parts(cim: CIM) -> dict[str, nn.Module]:
-    """What a run exports, by the names of the files."""
-    parts: dict[str, nn.Module | None] = {"online": cim.online, "target": cim.target, "head": cim.head}
-    return {name: module for name, module in parts.items() if module is not None}
+def export(directory: Path, model: dict[str, Tensor], config: PretrainConfig, step: int, images_seen: int) -> None:
+    """Writes the bare encoders (timm's key names) and the correlation head as safetensors.
 
+    Args:
+        directory: Of the run.
+        model: The tensors of its `CIM`.
+        config: The run.
+        step: Steps done.
+        images_seen: In these steps.
 
-def export(directory: Path, cim: CIM, config: PretrainConfig, step: int, images_seen: int) -> None:
-    """Writes the bare encoders (timm's key names) and the correlation head as safetensors."""
+    Raises:
+        CheckpointError: If a file cannot be written; what was there before is kept.
+    """
     model_args = {} if config.model.startswith("cim_resnet") else {"img_size": config.backbone.img_size}
     metadata = {
         "format": "pt",
         "architecture": config.model,
         "model_args": json.dumps(model_args),
-        "pretext": json.dumps(asdict(cim.config)),
+        "pretext": json.dumps(asdict(config.pretext)),
         "views": json.dumps(asdict(config.views)),
         "step": str(step),
         "images_seen": str(images_seen),
     }
-    for name, module in _parts(cim).items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    for name in PARTS:
+        of_part = [key for key in model if key.startswith(f"{name}.")]
+        tensors = {key.removeprefix(f"{name}."): model[key].detach().cpu().contiguous() for key in of_part}
+        if not tensors:
+            continue
         with replacing(directory / f"{name}.safetensors", CheckpointError) as file:
             save_file(tensors, file, metadata=metadata)
 

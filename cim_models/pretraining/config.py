@@ -102,6 +102,10 @@ class PretrainConfig:
     """Of everything random."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the hardware multiplies it natively (GPUs, CPUs with AVX512-BF16)."""
+    compile: bool = False
+    """torch.compile of the encoders and the correlation head: some minutes at the start, then faster steps."""
+    shard: bool = False
+    """Each process keeps a part of the model and of the optimiser's state (FSDP2), for models that fill a device."""
     resume: bool | Literal["auto"] = False
     """Go on from the run directory's last checkpoint; auto: if there is one, else start."""
     init: str = ""
@@ -135,6 +139,8 @@ class PretrainConfig:
             value = functools.reduce(getattr, name.split("."), self)
             if not value[0] <= value[1]:
                 raise ConfigError(f"{name} is {value}; it must not fall")
+        if self.shard and self.optimiser.batch_size == "auto":
+            raise ConfigError("optimiser.batch_size is auto, which is not measured with shard; give a number")
         if not self.data.path:
             raise ConfigError("data.path is empty; give a folder of images, a list of paths, an archive or a dataset")
         if not self.out:

@@ -22,9 +22,10 @@ from cim_models.precision import fast_bf16
 from cim_models.pretext import views as views_module
 from cim_models.pretext.measures import location_prior
 from cim_models.pretext.views import Views, denormalise, make_views
-from cim_models.pretraining import checkpoint, schedules
-from cim_models.pretraining.build import adamw, build, find_batch_size, found_before, state_bytes
+from cim_models.pretraining import checkpoint, schedules, sharding
+from cim_models.pretraining.build import adamw, build, find_batch_size, found_before, remember_positions, state_bytes
 from cim_models.pretraining.cache import OnDevice, SharedMemory
+from cim_models.pretraining.compiling import compile_parts, eager
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
@@ -33,6 +34,7 @@ from cim_models.pretraining.memory import Meter, in_words
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
+from cim_models.pretraining.sharding import full, gathered, shard
 from cim_models.processes import launched, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
@@ -107,10 +109,20 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     if processes > 1 and accelerator.device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
     cim = cim.to(accelerator.device)
-    model, optimiser = accelerator.prepare(cim, adamw(cim, optim, accelerator.device))
+    if config.compile:
+        compile_parts(cim)
+    sharded = config.shard and processes > 1
+    if sharded:
+        shard(cim, processes)
+    optimiser = accelerator.prepare(adamw(cim, optim, accelerator.device))
+    model = cim if sharded else accelerator.prepare(cim)
+    unsynchronised = sharding.unsynchronised if sharded else accelerator.no_sync
     cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
     trained = [p for p in cim.parameters() if p.requires_grad]
     start = checkpoint.load(directory, cim, optimiser, steps, config, order) if resume else 0
+    if config.compile or sharded:
+        with eager(config.compile):
+            remember_positions(cim, config)
 
     # What goes in and what is written down
     workers = usable_workers(config.data.workers)
@@ -127,7 +139,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     unreadable = Unreadable(len(pictures))
     unreadable.add(log.skipped)
     untrained = pictures_of(config, Subset(records, held_out))
-    diagnosis = HeldOut(untrained, config, prior, accelerator.device, warmup, probe)
+    diagnosis = HeldOut(untrained, config, prior, accelerator.device, warmup if main else steps + 1, probe)
     losses: list[Tensor] = []
     norms: list[Tensor] = []
     failed: list[str] = []
@@ -154,7 +166,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 source = pictures.sources(batch, accelerator.device)
                 views = make_views(source, batch["uniforms"].to(source.device, non_blocking=True), config.views)
                 last = micro == optim.accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(model), autocast:
+                with nullcontext() if last else unsynchronised(model), autocast:
                     output = model(*views)
                 accelerator.backward(output.loss / optim.accumulation)
                 losses.append(output.loss.detach())
@@ -163,7 +175,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 meter.stop(0 if start else state_bytes(trained))
                 if main:
                     logger.info("%s", in_words(meter, batch_size))
-            norms.append(accelerator.clip_grad_norm_(trained, optim.clip or float("inf")))
+            norms.append(full(accelerator.clip_grad_norm_(trained, optim.clip or float("inf"))))
 
             saves = points.reached(done)
             if saves or done % config.log_every == 0:
@@ -172,7 +184,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                     if main:
                         logger.warning("skipped %s", failure)
                     log.write({"step": done, "skipped": failure, "unreadable": len(unreadable)})
-                with autocast:
+                with autocast, eager(config.compile), gathered(cim):
                     numbers = {"loss": torch.stack(losses).mean(), **diagnose(cim, output, views)}
                 mean = accelerator.reduce(torch.stack([x.float() for x in numbers.values()]), "mean").tolist()
                 elapsed = time.perf_counter() - clock
@@ -193,13 +205,15 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
             cim.update_target(momentum)
             bar.update()
 
-            if main and diagnosis.due(done, steps):
-                with autocast:
+            if (main or sharded) and diagnosis.due(done, steps):
+                with autocast, eager(config.compile), gathered(cim):
                     log.write({"step": done, "images_seen": done * global_batch, **diagnosis(cim, done)})
+            if saves and (main or sharded):
+                states = checkpoint.States.of(cim, optimiser)
             if saves and main:
                 try:
-                    checkpoint.save(directory, cim, optimiser, done, steps, config, order)
-                    checkpoint.export(directory, cim, config, done, done * global_batch)
+                    checkpoint.save(directory, states, done, steps, config, order)
+                    checkpoint.export(directory, states.model, config, done, done * global_batch)
                     save_samples(directory, views, output.logits)
                 except CheckpointError as error:  # a full disk may have room at the next save, but there is no next one
                     if done == steps or points.received:

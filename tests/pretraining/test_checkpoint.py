@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import Order, export, kept, load, save, start_from
+from cim_models.pretraining.checkpoint import Order, States, export, kept, load, save, start_from
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.state import save_state
 
@@ -48,7 +48,7 @@ def assert_same(left, right):
 
 def test_save_and_load(tmp_path):
     cim, optimiser = build()
-    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    save(tmp_path, States.of(cim, optimiser), 7, 20, PretrainConfig())
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     assert (state["format"], state["step"], state["steps"]) == (1, 7, 20)
     assert state["config"] == to_dict(PretrainConfig())
@@ -64,7 +64,7 @@ def test_save_and_load(tmp_path):
 
 def test_checkpoints_of_older_versions_do_not_know_the_length_of_their_run(tmp_path):
     cim, optimiser = build()
-    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    save(tmp_path, States.of(cim, optimiser), 7, 20, PretrainConfig())
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["steps"]
     torch.save(state, tmp_path / "last.pt")
@@ -73,7 +73,7 @@ def test_checkpoints_of_older_versions_do_not_know_the_length_of_their_run(tmp_p
 
 def test_checkpoints_of_older_versions_lack_newer_fields(tmp_path):
     cim, optimiser = build()
-    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    save(tmp_path, States.of(cim, optimiser), 7, 20, PretrainConfig())
     state = torch.load(tmp_path / "last.pt", weights_only=True)
     del state["config"]["init"], state["config"]["views"]["exemplars"]["flip"]
     torch.save(state, tmp_path / "last.pt")
@@ -85,7 +85,7 @@ def test_checkpoints_of_older_versions_lack_newer_fields(tmp_path):
 def test_another_configuration_is_refused_by_name(tmp_path):
     cim, optimiser = build()
     config = PretrainConfig()
-    save(tmp_path, cim, optimiser, 7, 20, config)
+    save(tmp_path, States.of(cim, optimiser), 7, 20, config)
     other = copy.deepcopy(config)
     other.optimiser.lr, other.views.exemplars.area, other.seed = 0.5, (0.1, 0.2), 3
     before = copy.deepcopy(cim.state_dict())
@@ -101,7 +101,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
 def test_what_may_change_between_a_run_and_its_continuation(tmp_path):
     cim, optimiser = build()
     config = PretrainConfig()
-    save(tmp_path, cim, optimiser, 7, 20, config)
+    save(tmp_path, States.of(cim, optimiser), 7, 20, config)
     other = replace(config, out="elsewhere", resume=True, log_every=1, save_every=1, tensorboard=True)
     other.data = replace(config.data, workers=0, path="moved")
     assert load(tmp_path, cim, optimiser, 20, other) == 7
@@ -109,7 +109,7 @@ def test_what_may_change_between_a_run_and_its_continuation(tmp_path):
 
 def test_another_number_of_steps_is_refused(tmp_path):
     cim, optimiser = build()
-    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    save(tmp_path, States.of(cim, optimiser), 7, 20, PretrainConfig())
     with pytest.raises(CheckpointError, match="a run of 20 steps, now there would be 21: the images or the number of"):
         load(tmp_path, cim, optimiser, 21, PretrainConfig())
 
@@ -118,7 +118,7 @@ def test_another_number_of_steps_is_refused(tmp_path):
 def test_damaged_checkpoints(tmp_path, damage):
     cim, optimiser = build()
     path = tmp_path / "last.pt"
-    save(tmp_path, cim, optimiser, 7, 20, PretrainConfig())
+    save(tmp_path, States.of(cim, optimiser), 7, 20, PretrainConfig())
     content = path.read_bytes()
     if damage == "flipped":
         middle = len(content) // 2
@@ -129,7 +129,7 @@ def test_damaged_checkpoints(tmp_path, damage):
     elif damage == "no optimiser":
         torch.save({key: value for key, value in torch.load(path).items() if key != "optimiser"}, path)
     elif damage == "other model":
-        save(tmp_path, *build(depth=2), 7, 20, PretrainConfig())
+        save(tmp_path, States.of(*build(depth=2)), 7, 20, PretrainConfig())
     else:
         path.write_bytes({"cut": content[:-1000], "empty": b"", "text": b"not a checkpoint"}[damage])
     with pytest.raises(CheckpointError, match="last.pt: (not a checkpoint of a pretraining run, or|does not fit)"):
@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, small_files):
 
 def test_a_run_starts_from_what_another_exported(tmp_path):
     cim, _ = build()
-    export(tmp_path, cim, PretrainConfig(), 1, 2)
+    export(tmp_path, cim.state_dict(), PretrainConfig(), 1, 2)
     other, _ = build()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -174,7 +174,7 @@ def test_a_run_starts_from_what_another_exported(tmp_path):
 @pytest.mark.parametrize("damage", ["deeper", "absent", "cut", "no folder"])
 def test_exports_that_a_run_cannot_start_from(tmp_path, damage):
     cim, _ = build()
-    export(tmp_path, build(depth=2)[0] if damage == "deeper" else cim, PretrainConfig(), 1, 2)
+    export(tmp_path, (build(depth=2)[0] if damage == "deeper" else cim).state_dict(), PretrainConfig(), 1, 2)
     path = tmp_path / "target.safetensors"
     if damage == "absent":
         path.unlink()
@@ -189,11 +189,12 @@ def test_exported_encoders_are_timms(tmp_path):
     torch.manual_seed(0)
     config = PretrainConfig(model="cim_vit_tiny")
     config.backbone.img_size = 64
-    cim = CIM(backbones.build("cim_vit_tiny", img_size=64), PretextConfig(head_width=96, head_heads=3))
+    config.pretext = PretextConfig(head_width=96, head_heads=3)
+    cim = CIM(backbones.build("cim_vit_tiny", img_size=64), config.pretext)
     with torch.no_grad():
         for parameter in cim.target.parameters():
             parameter.add_(1)
-    export(tmp_path, cim, config, 12, 3456)
+    export(tmp_path, cim.state_dict(), config, 12, 3456)
     stock = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0, global_pool="avg", fc_norm=False)
     for name, encoder in (("online", cim.online), ("target", cim.target)):
         saved = load_file(tmp_path / f"{name}.safetensors")
@@ -215,7 +216,7 @@ def test_exported_encoders_are_timms(tmp_path):
 def test_an_exported_resnet_is_timms(tmp_path):
     torch.manual_seed(0)
     cim = CIM(backbones.build("cim_resnet18"), PretextConfig(head="cosine", moving_average=False))
-    export(tmp_path, cim, PretrainConfig(model="cim_resnet18"), 1, 2)
+    export(tmp_path, cim.state_dict(), PretrainConfig(model="cim_resnet18"), 1, 2)
     saved = load_file(tmp_path / "online.safetensors")
     stock = timm.create_model("resnet18", num_classes=0)
     stock.load_state_dict(saved, strict=True)
@@ -228,7 +229,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     config = PretrainConfig(keep=2)
     (tmp_path / "step-mine.pt").write_text("not a checkpoint of ours")
     for step in (5, 10, 15):
-        save(tmp_path, cim, optimiser, step, 20, config)
+        save(tmp_path, States.of(cim, optimiser), step, 20, config)
     assert [path.name for path in kept(tmp_path)] == ["step-00000010.pt", "step-00000015.pt"]
     assert torch.load(tmp_path / "step-00000010.pt", weights_only=True)["step"] == 10
     (tmp_path / "last.pt").write_bytes(b"damaged")
@@ -236,7 +237,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
         load(tmp_path, cim, optimiser, 20, config)
     shutil.copy(tmp_path / "step-00000010.pt", tmp_path / "last.pt")
     assert load(tmp_path, cim, optimiser, 20, config) == 10
-    save(tmp_path, cim, optimiser, 11, 20, config)  # what lay ahead is not removed
+    save(tmp_path, States.of(cim, optimiser), 11, 20, config)  # what lay ahead is not removed
     assert [path.name[-5:] for path in kept(tmp_path)] == ["10.pt", "11.pt", "15.pt"]
 
 
@@ -246,7 +247,7 @@ def test_checkpoints_are_kept_where_files_have_one_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     cim, optimiser = build()
-    save(tmp_path, cim, optimiser, 5, 20, PretrainConfig(keep=2))
+    save(tmp_path, States.of(cim, optimiser), 5, 20, PretrainConfig(keep=2))
     assert (tmp_path / "step-00000005.pt").read_bytes() == (tmp_path / "last.pt").read_bytes()
     assert len(os.listdir(tmp_path)) == 2
 
@@ -255,7 +256,7 @@ def test_another_split_of_the_same_steps(tmp_path):
     cim, optimiser = build()
     config, other = PretrainConfig(), PretrainConfig()
     other.optimiser.batch_size, other.optimiser.accumulation = 64, 4
-    save(tmp_path, cim, optimiser, 7, 20, config, Order(256, 5120))
+    save(tmp_path, States.of(cim, optimiser), 7, 20, config, Order(256, 5120))
     assert load(tmp_path, cim, optimiser, 20, other, Order(256, 5120)) == 7
     for order in (Order(256, 5056), None):
         with pytest.raises(CheckpointError, match="optimiser.accumulation: 1 in the checkpoint, 4 asked for"):

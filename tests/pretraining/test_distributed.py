@@ -72,6 +72,31 @@ def kill(step, *others):
 schedules.momentum = kill
 pretrain(load_recipe(sys.argv[1]))
 """
+SHARDED = """
+import sys
+import torch
+from cim_models.pretext.model import CIM
+from cim_models.pretraining import load_recipe, pretrain
+
+torch.set_num_threads(1)
+update = CIM.update_target
+
+
+def look(cim, momentum):
+    numbers = [(p.numel(), p.to_local().numel()) for p in cim.parameters()]
+    whole, here = (sum(column) for column in zip(*numbers))
+    assert 0.45 < here / whole < 0.55, (here, whole)
+    update(cim, momentum)
+
+
+def probe(cim):
+    return {"feature": float(cim.target(torch.ones(2, 3, 64, 64)).abs().mean())}
+
+
+CIM.update_target = look
+for recipe in sys.argv[1:]:
+    pretrain(load_recipe(recipe), probe)
+"""
 TIMES = {"images_per_second", "data_wait", "peak_memory"}
 
 
@@ -103,6 +128,11 @@ def gradients_of_one_process(weights: Path, views: Path) -> dict[str, torch.Tens
     output.loss.backward()
     assert output.global_loss > 0.1
     return {name: p.grad for name, p in cim.named_parameters() if p.grad is not None}
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -171,6 +201,55 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure):
     for ours, theirs in zip(lines[1:], logs[1][2:], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert_close(torch.load(out / "fewer" / "last.pt", weights_only=True)["model"], states[1]["model"], 1e-3)
+
+
+@pytest.mark.slow
+def test_shards_are_one_process(tmp_path, out, photographs, configure):
+    """Each of two processes has half of every parameter; checkpoints are whole, and go on either way."""
+    changes = dict(
+        optimiser__accumulation=2, optimiser__epochs=0.16, optimiser__warmup_epochs=0.0, optimiser__lr=0.01,
+        optimiser__clip=0.05, optimiser__betas=(0.0, 0.95), backbone__grad_checkpointing=True, precision="fp32",
+        save_every=1, keep=4, diagnostics__held_out=10, diagnostics__every=2,
+    )  # fmt: skip
+    one, two, onwards = (configure(photographs(200, 64), out / name, **changes) for name in ("one", "two", "onwards"))
+    one.optimiser.batch_size, two.optimiser.batch_size, onwards.optimiser.batch_size = 4, 2, 2
+    two.shard = onwards.shard = True
+    onwards.resume = True
+
+    def probe(cim: CIM) -> dict[str, float]:
+        return {"feature": float(cim.target(torch.ones(2, 3, 64, 64)).abs().mean())}
+
+    pretrain(one, probe)
+    (out / "onwards").mkdir()
+    (out / "one" / "step-00000002.pt").rename(out / "onwards" / "last.pt")  # of one process, for two
+    recipes = []
+    for config in (two, onwards):
+        recipes.append(tmp_path / f"{len(recipes)}.yaml")
+        recipes[-1].write_text(yaml.safe_dump(to_dict(config)))
+    done = launch(SHARDED, tmp_path, *recipes)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+    logs = {name: lines_of(out / name) for name in ("one", "two", "onwards")}
+    assert [line["step"] for line in logs["one"]] == [line["step"] for line in logs["two"]] == [1, 2, 2, 3, 4, 4]
+    for name, expected in (("two", logs["one"]), ("onwards", logs["one"][3:])):
+        for ours, theirs in zip(logs[name], expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for field in {"loss", "grad_norm", "held_out_loss", "feature"} & ours.keys():
+                assert ours[field] == pytest.approx(theirs[field], rel=1e-4), (name, ours["step"], field)
+    states = {name: torch.load(out / name / "last.pt", weights_only=True) for name in ("one", "two", "onwards")}
+    for name in ("two", "onwards"):
+        assert_close(states["one"]["model"], states[name]["model"], 1e-3)
+        optimisers = [states[key]["optimiser"]["state"] for key in ("one", name)]
+        moments = [{str(i): values["exp_avg"] for i, values in state.items()} for state in optimisers]
+        assert_close(*moments, 1e-3)
+    for part in ("online", "target", "head"):
+        assert_close(*(load_file(out / name / f"{part}.safetensors") for name in ("one", "two")), 1e-3)
+
+    two.resume, two.shard, two.optimiser.batch_size = True, False, 4
+    (out / "two" / "step-00000003.pt").rename(out / "two" / "last.pt")  # of two processes, for one
+    pretrain(two, probe)
+    again = torch.load(out / "two" / "last.pt", weights_only=True)
+    assert_close(states["two"]["model"], again["model"], 1e-3)
 
 
 def test_other_splits_of_a_step_see_the_same_images():

@@ -169,11 +169,11 @@ def full_at(monkeypatch, small_files):
     def fill(step: int) -> None:
         save = checkpoint.save
 
-        def with_a_full_disk(directory, cim, optimiser, done, *others):
+        def with_a_full_disk(directory, states, done, *others):
             if done != step:
-                return save(directory, cim, optimiser, done, *others)
+                return save(directory, states, done, *others)
             with small_files():
-                return save(directory, cim, optimiser, done, *others)
+                return save(directory, states, done, *others)
 
         monkeypatch.setattr(checkpoint, "save", with_a_full_disk)
 
