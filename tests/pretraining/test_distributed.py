@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,18 +75,20 @@ pretrain(load_recipe(sys.argv[1]))
 """
 SHARDED = """
 import sys
+from functools import partial
 import torch
 from cim_models.pretext.model import CIM
-from cim_models.pretraining import load_recipe, pretrain
+from cim_models.pretraining import load_recipe, loop
+from cim_models.pretraining.compiling import compile_parts
 
 torch.set_num_threads(1)
 update = CIM.update_target
+here = []
 
 
 def look(cim, momentum):
-    numbers = [(p.numel(), p.to_local().numel()) for p in cim.parameters()]
-    whole, here = (sum(column) for column in zip(*numbers))
-    assert 0.45 < here / whole < 0.55, (here, whole)
+    here.append(sum(getattr(p, "to_local", lambda: p)().numel() for p in cim.parameters()))
+    here[-1] /= sum(p.numel() for p in cim.parameters())
     update(cim, momentum)
 
 
@@ -94,8 +97,11 @@ def probe(cim):
 
 
 CIM.update_target = look
-for recipe in sys.argv[1:]:
-    pretrain(load_recipe(recipe), probe)
+loop.compile_parts = partial(compile_parts, backend="aot_eager")  # which takes no time
+for config in map(load_recipe, sys.argv[1:]):
+    loop.pretrain(config, probe)
+    assert all(0.45 < share < 0.55 if config.shard else share == 1 for share in here) and here, here
+    here.clear()
 """
 TIMES = {"images_per_second", "data_wait", "peak_memory"}
 
@@ -205,39 +211,42 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure):
 
 @pytest.mark.slow
 def test_shards_are_one_process(tmp_path, out, photographs, configure):
-    """Each of two processes has half of every parameter; checkpoints are whole, and go on either way."""
+    """Each of two processes has half of all parameters; checkpoints are whole, and go on either way, compiled, too."""
     changes = dict(
         optimiser__accumulation=2, optimiser__epochs=0.16, optimiser__warmup_epochs=0.0, optimiser__lr=0.01,
         optimiser__clip=0.05, optimiser__betas=(0.0, 0.95), backbone__grad_checkpointing=True, precision="fp32",
         save_every=1, keep=4, diagnostics__held_out=10, diagnostics__every=2,
     )  # fmt: skip
-    one, two, onwards = (configure(photographs(200, 64), out / name, **changes) for name in ("one", "two", "onwards"))
+    names = ("one", "two", "onwards", "compiled")
+    one, two, onwards, compiled = configs = [configure(photographs(200, 64), out / name, **changes) for name in names]
     one.optimiser.batch_size, two.optimiser.batch_size, onwards.optimiser.batch_size = 4, 2, 2
-    two.shard = onwards.shard = True
-    onwards.resume = True
+    compiled.optimiser.batch_size = 2
+    two.shard = onwards.shard = onwards.compile = compiled.compile = True
+    onwards.resume = compiled.resume = True
 
     def probe(cim: CIM) -> dict[str, float]:
         return {"feature": float(cim.target(torch.ones(2, 3, 64, 64)).abs().mean())}
 
     pretrain(one, probe)
-    (out / "onwards").mkdir()
-    (out / "one" / "step-00000002.pt").rename(out / "onwards" / "last.pt")  # of one process, for two
+    for name in ("onwards", "compiled"):
+        (out / name).mkdir()
+        shutil.copy(out / "one" / "step-00000002.pt", out / name / "last.pt")  # of one process, for two
     recipes = []
-    for config in (two, onwards):
+    for config in configs[1:]:
         recipes.append(tmp_path / f"{len(recipes)}.yaml")
         recipes[-1].write_text(yaml.safe_dump(to_dict(config)))
     done = launch(SHARDED, tmp_path, *recipes)
     assert done.returncode == 0, done.stderr[-5000:]
 
-    logs = {name: lines_of(out / name) for name in ("one", "two", "onwards")}
+    logs = {name: lines_of(out / name) for name in names}
     assert [line["step"] for line in logs["one"]] == [line["step"] for line in logs["two"]] == [1, 2, 2, 3, 4, 4]
-    for name, expected in (("two", logs["one"]), ("onwards", logs["one"][3:])):
+    for name, expected in zip(names[1:], (logs["one"], logs["one"][3:], logs["one"][3:]), strict=True):
         for ours, theirs in zip(logs[name], expected, strict=True):
             assert ours.keys() == theirs.keys()
             for field in {"loss", "grad_norm", "held_out_loss", "feature"} & ours.keys():
                 assert ours[field] == pytest.approx(theirs[field], rel=1e-4), (name, ours["step"], field)
-    states = {name: torch.load(out / name / "last.pt", weights_only=True) for name in ("one", "two", "onwards")}
-    for name in ("two", "onwards"):
+    states = {name: torch.load(out / name / "last.pt", weights_only=True) for name in names}
+    for name in names[1:]:
         assert_close(states["one"]["model"], states[name]["model"], 1e-3)
         optimisers = [states[key]["optimiser"]["state"] for key in ("one", name)]
         moments = [{str(i): values["exp_avg"] for i, values in state.items()} for state in optimisers]
