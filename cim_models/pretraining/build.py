@@ -16,6 +16,7 @@ from cim_models.errors import CheckpointError, ConfigError
 from cim_models.pretext.model import CIM
 from cim_models.pretext.views import DRAWS, make_views
 from cim_models.pretraining.config import OptimiserConfig, PretrainConfig, load_recipe
+from cim_models.pretraining.data import Pictures
 from cim_models.pretraining.diagnostics import diagnose
 from cim_models.pretraining.memory import largest_batch
 from cim_models.pretraining.sharding import local
@@ -86,13 +87,13 @@ def found_before(directory: Path) -> int:
 
 
 def find_batch_size(
-    config: PretrainConfig, images: int, device: torch.device, autocast: torch.autocast, processes: int
+    config: PretrainConfig, pictures: Pictures, device: torch.device, autocast: torch.autocast, processes: int
 ) -> int:
     """The most images per process and backward pass whose step fits all devices of a run.
 
     Args:
         config: The run.
-        images: That it is trained on; an epoch has a step at least.
+        pictures: That it is trained on; an epoch has a step at least, and a cache on the device its place.
         device: Of this process.
         autocast: As in the run.
         processes: Of the run.
@@ -101,8 +102,10 @@ def find_batch_size(
         ConfigError: If there is no such model, or two images do not fit.
     """
     step = _trial(config, device, autocast, processes)
-    most = max(2, images // (processes * config.optimiser.accumulation))
-    found = largest_batch(step, most, device, 1 if device.type == "cuda" else processes)
+    most = max(2, len(pictures) // (processes * config.optimiser.accumulation))
+    cached = len(pictures) * 3 * (config.data.cache_side or pictures.min_size) ** 2
+    taken = cached if config.data.cache == "device" else 0
+    found = largest_batch(step, most, device, 1 if device.type == "cuda" else processes, taken)
     return min(launched().gather_for_all(found))
 
 

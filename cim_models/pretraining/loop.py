@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     batch_size = optim.batch_size
     if batch_size == "auto":
         settings = (accelerator.device, autocast, processes)
-        batch_size = found_before(directory) if resume else find_batch_size(config, len(pictures), *settings)
+        batch_size = found_before(directory) if resume else find_batch_size(config, pictures, *settings)
         config = dataclasses.replace(config, optimiser=dataclasses.replace(optim, batch_size=batch_size))
         if accelerator.is_main_process:
             logger.info("optimiser.batch_size: auto is %d", batch_size)

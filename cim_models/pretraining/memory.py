@@ -98,7 +98,9 @@ def in_words(meter: Meter, images: int) -> str:
     return f"peak memory {meter.peak / 1e9:.3g} GB of {there / 1e9:.3g} GB, {each / 1e6:.3g} MB an image"
 
 
-def largest_batch(step: Callable[[int], None], most: int, device: torch.device, sharing: int = 1) -> int:
+def largest_batch(
+    step: Callable[[int], None], most: int, device: torch.device, sharing: int = 1, taken: int = 0
+) -> int:
     """The most images whose step fits a device.
 
     On a GPU steps are tried. On a CPU, where one that is too large would end the process, two small ones are measured:
@@ -109,6 +111,7 @@ def largest_batch(step: Callable[[int], None], most: int, device: torch.device, 
         most: More are not wanted.
         device: Where it is made.
         sharing: Processes that share the memory.
+        taken: Bytes of it that something else will need.
 
     Returns:
         From 2 to `most`.
@@ -116,7 +119,7 @@ def largest_batch(step: Callable[[int], None], most: int, device: torch.device, 
     Raises:
         ConfigError: If two images do not fit.
     """
-    fits = (_tried if device.type == "cuda" else _predicted)(step, device, sharing)
+    fits = (_tried if device.type == "cuda" else _predicted)(step, device, sharing, taken)
     if not fits(2):
         raise ConfigError(
             "optimiser.batch_size is auto, but not even 2 images fit the memory: give a smaller model or "
@@ -141,10 +144,10 @@ def search(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _tried(step: Callable[[int], None], device: torch.device, sharing: int) -> Callable[[int], bool]:
+def _tried(step: Callable[[int], None], device: torch.device, sharing: int, taken: int) -> Callable[[int], bool]:
     """Whether so many images fit, by a step with them."""
     torch.cuda.empty_cache()
-    limit = (1 - MARGIN) * (room(device) / sharing + torch.cuda.memory_reserved(device))
+    limit = (1 - MARGIN) * (room(device) / sharing + torch.cuda.memory_reserved(device)) - taken
 
     def fits(images: int) -> bool:
         gc.collect()
@@ -159,11 +162,11 @@ def _tried(step: Callable[[int], None], device: torch.device, sharing: int) -> C
     return fits
 
 
-def _predicted(step: Callable[[int], None], device: torch.device, sharing: int) -> Callable[[int], bool]:
+def _predicted(step: Callable[[int], None], device: torch.device, sharing: int, taken: int) -> Callable[[int], bool]:
     """Whether so many images fit, as a straight line through two measured steps says."""
     few, more = 8, 24
     step(few)  # the first one also makes what stays
-    limit = (1 - MARGIN) * (room(device) / sharing + int(psutil.Process().memory_info().rss))
+    limit = (1 - MARGIN) * (room(device) / sharing + int(psutil.Process().memory_info().rss)) - taken
     peaks = []
     for images in (few, more):
         meter = Meter(device)

@@ -70,6 +70,8 @@ def test_the_largest_batch_of_a_cpu_leaves_a_tenth(monkeypatch):
     found = largest_batch(lambda images: hold(10 * images), 1000, CPU)
     most = (0.9 * (held + 600 * MB) - held) / (10 * MB)
     assert 0.75 * most <= found <= 1.05 * most
+    assert largest_batch(lambda images: hold(10 * images), 1000, CPU, taken=300 * MB) <= found - 20
+    assert largest_batch(lambda images: hold(10 * images), 1000, CPU, sharing=2) <= found - 20
     assert largest_batch(lambda images: hold(10 * images), 5, CPU) == 5
     monkeypatch.setattr(memory, "room", lambda device: 1)
     with pytest.raises(ConfigError, match="batch_size is auto, but not even 2 images fit"):
