@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import Tensor, nn
 
 from cim_models import backbones
 from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.pretext.model import CIM
 from cim_models.pretext.views import DRAWS, make_views
+from cim_models.pretraining.compiling import compile_parts
 from cim_models.pretraining.config import OptimiserConfig, PretrainConfig, load_recipe
 from cim_models.pretraining.data import Pictures
 from cim_models.pretraining.diagnostics import diagnose
 from cim_models.pretraining.memory import largest_batch
-from cim_models.pretraining.sharding import local
+from cim_models.pretraining.sharding import local, shard
 from cim_models.processes import launched
 
 
@@ -52,6 +53,22 @@ def build(config: PretrainConfig, log_odds: float) -> CIM:
     online.set_grad_checkpointing(config.backbone.grad_checkpointing)
     head: Any = cim.head
     head.start_from(log_odds)
+    return cim
+
+
+def place(cim: CIM, config: PretrainConfig, device: torch.device, processes: int) -> CIM:
+    """Brings the model of a run to its device, and readies it for its processes: compiled, in shards, as is asked for.
+
+    Raises:
+        ConfigError: If it is to be compiled and cannot be.
+    """
+    if processes > 1 and device.type == "cuda":
+        cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
+    cim = cim.to(device)
+    if config.compile:
+        compile_parts(cim)
+    if config.shard and processes > 1:
+        shard(cim, processes)
     return cim
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from cim_models.errors import CheckpointError, ConfigError
@@ -23,9 +23,17 @@ from cim_models.pretext import views as views_module
 from cim_models.pretext.measures import location_prior
 from cim_models.pretext.views import Views, denormalise, make_views
 from cim_models.pretraining import checkpoint, schedules, sharding
-from cim_models.pretraining.build import adamw, build, find_batch_size, found_before, remember_positions, state_bytes
+from cim_models.pretraining.build import (
+    adamw,
+    build,
+    find_batch_size,
+    found_before,
+    place,
+    remember_positions,
+    state_bytes,
+)
 from cim_models.pretraining.cache import OnDevice, SharedMemory
-from cim_models.pretraining.compiling import compile_parts, eager
+from cim_models.pretraining.compiling import eager
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, batch_of, loader
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
@@ -34,7 +42,7 @@ from cim_models.pretraining.memory import Meter, in_words
 from cim_models.pretraining.nonfinite import check_finite
 from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
-from cim_models.pretraining.sharding import full, gathered, shard
+from cim_models.pretraining.sharding import full, gathered
 from cim_models.processes import launched, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
@@ -106,14 +114,8 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     cim = build(config, prior.log_odds)
     if config.init and not resume:
         checkpoint.start_from(Path(config.init), cim)
-    if processes > 1 and accelerator.device.type == "cuda":
-        cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
-    cim = cim.to(accelerator.device)
-    if config.compile:
-        compile_parts(cim)
+    cim = place(cim, config, accelerator.device, processes)
     sharded = config.shard and processes > 1
-    if sharded:
-        shard(cim, processes)
     optimiser = accelerator.prepare(adamw(cim, optim, accelerator.device))
     model = cim if sharded else accelerator.prepare(cim)
     unsynchronised = sharding.unsynchronised if sharded else accelerator.no_sync

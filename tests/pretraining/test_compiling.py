@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cim_models import backbones
 from cim_models.errors import ConfigError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining import compiling, loop
+from cim_models.pretraining import build, compiling, loop
 from cim_models.pretraining.build import remember_positions
 from cim_models.pretraining.compiling import compile_parts, eager
 from cim_models.pretraining.config import PretrainConfig
@@ -109,7 +109,7 @@ def test_where_nothing_can_be_compiled():
 def test_a_compiled_run_is_the_run(configure, photographs, out, monkeypatch):
     """With a backend that compiles nothing, so that it is fast; what is tested is the way there and back."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(loop, "compile_parts", lambda cim: compile_parts(cim, counter))
+    monkeypatch.setattr(build, "compile_parts", lambda cim: compile_parts(cim, counter))
     images, changes = photographs(200, 64), dict(optimiser__epochs=4 / 47, optimiser__warmup_epochs=0.0)
     changes |= dict(diagnostics__held_out=10, diagnostics__every=2, backbone__drop_path=0.2, save_every=2, keep=2)
     plain = configure(images, out / "plain", **changes, precision="fp32")

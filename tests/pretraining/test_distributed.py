@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ import sys
 from functools import partial
 import torch
 from cim_models.pretext.model import CIM
-from cim_models.pretraining import load_recipe, loop
+from cim_models.pretraining import build, load_recipe, loop
 from cim_models.pretraining.compiling import compile_parts
 
 torch.set_num_threads(1)
@@ -97,11 +98,39 @@ def probe(cim):
 
 
 CIM.update_target = look
-loop.compile_parts = partial(compile_parts, backend="aot_eager")  # which takes no time
+build.compile_parts = partial(compile_parts, backend="aot_eager")  # which takes no time
 for config in map(load_recipe, sys.argv[1:]):
     loop.pretrain(config, probe)
     assert all(0.45 < share < 0.55 if config.shard else share == 1 for share in here) and here, here
     here.clear()
+"""
+AUTO = """
+import sys
+import torch
+from accelerate import Accelerator
+from cim_models.pretraining import load_recipe, memory
+from cim_models.pretraining.build import find_batch_size
+from cim_models.pretraining.loop import pictures_of
+from cim_models.pretraining.readers import open_records
+
+rank = Accelerator().process_index
+room = 2 * (300 + 200 * rank) * 1_000_000  # which two processes share
+memory.room = lambda device: room
+config = load_recipe(sys.argv[1])
+pictures = pictures_of(config, open_records(config.data.path))
+pictures.__class__ = type("Many", (type(pictures),), {"__len__": lambda self: 100_000})
+fitting = memory.largest_batch
+found = []
+
+
+def remember(*arguments):
+    found.append(fitting(*arguments))
+    return found[0]
+
+
+find_batch_size.__globals__["largest_batch"] = remember
+agreed = find_batch_size(config, pictures, torch.device("cpu"), torch.autocast("cpu", enabled=False), 2)
+print(f"found {found[0]} agreed {agreed}")
 """
 TIMES = {"images_per_second", "data_wait", "peak_memory"}
 
@@ -259,6 +288,16 @@ def test_shards_are_one_process(tmp_path, out, photographs, configure):
     pretrain(two, probe)
     again = torch.load(out / "two" / "last.pt", weights_only=True)
     assert_close(states["two"]["model"], again["model"], 1e-3)
+
+
+@pytest.mark.slow
+def test_the_process_with_the_least_memory_decides_how_many_images(tmp_path, out, photographs, configure):
+    config = configure(photographs(8, 64), out, optimiser__batch_size="auto")
+    (tmp_path / "auto.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    done = launch(AUTO, tmp_path, tmp_path / "auto.yaml")
+    assert done.returncode == 0, done.stderr[-5000:]
+    found, agreed = zip(*re.findall(r"found (\d+) agreed (\d+)", done.stdout), strict=True)
+    assert len(found) == 2 and set(agreed) == {min(found, key=int)} and 2 <= int(agreed[0]) < max(map(int, found))
 
 
 def test_other_splits_of_a_step_see_the_same_images():

@@ -106,7 +106,7 @@ def assert_the_same_run(left: Path, right: Path, steps: int):
     ]
     assert tensors[0].keys() == tensors[1].keys()
     assert [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])] == []
-    times = ("images_per_second", "data_wait")
+    times = ("images_per_second", "data_wait", "peak_memory")
     logs = [
         [
             {k: v for k, v in json.loads(line).items() if k not in times}
