@@ -3,7 +3,8 @@
     python benchmarks/performance.py [--measure] [NAME ...]
 
 `--measure` runs the commands first, all that this machine can run or those of the names; it should have nothing else to
-do. Without it the document is written from the files in benchmarks/performance that are there.
+do. Without it the document is written from the files in benchmarks/performance that are there. The table of
+docs/scaling.md, which names one of these numbers, is written again, too.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import scaling
 import torch
 from table import Table
 
@@ -40,11 +42,13 @@ A *bar* is what we ask of it.
 
 def markdown(folder: Path) -> str:
     """The document from the tables in a folder."""
-    parts, missing = [HEAD], []
+    parts, missing, explained = [HEAD], [], set()
     for name, command in COMMANDS.items():
         file = folder / f"{name}.json"
         if file.exists():
-            parts.append(section(Table.read(file), BENCHMARKS / command.split()[0]))
+            script = command.split()[0]
+            parts.append(section(Table.read(file), "" if script in explained else explanation(BENCHMARKS / script)))
+            explained.add(script)
         else:
             missing.append(f"- `python benchmarks/{command}`")
     if missing:
@@ -52,15 +56,15 @@ def markdown(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def section(table: Table, script: Path) -> str:
-    """One table, what it means and how it was made."""
+def section(table: Table, explained: str) -> str:
+    """One table, what it means, where that was not said before, and how it was made."""
     columns = [
         column for at, column in enumerate(table.columns) if any(row[at] is not None for row in table.rows.values())
     ]
     lines = [
         f"## {table.title}\n",
         f"`{table.command}`\n",
-        explanation(script),
+        *([explained] if explained else []),
         *(f"- {x}" for x in table.conditions),
         "",
     ]
@@ -102,6 +106,7 @@ def main() -> None:
     if options.measure:
         measure(options.names or list(COMMANDS))
     DOCUMENT.write_text(markdown(BENCHMARKS / "performance"), encoding="utf-8")
+    scaling.write(scaling.DOCUMENT)
 
 
 if __name__ == "__main__":

@@ -101,18 +101,22 @@ def replaced(document: str, table: str) -> str:
     return before + START + table + END + rest.split(END)[1]
 
 
+def write(document: Path, ceiling: float = CEILING) -> None:
+    """Replaces the table of a document."""
+    text = document.read_text(encoding="utf-8")
+    document.write_text(replaced(text, markdown(ceiling, decoding_rate())), encoding="utf-8")
+
+
 def main() -> None:
     """Prints the table, or writes it."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--ceiling", type=float, default=CEILING / 1e12, help="TFLOP/s")
     arguments.add_argument("--out", type=Path, help="document whose table is replaced")
     options = arguments.parse_args()
-    table = markdown(1e12 * options.ceiling, decoding_rate())
     if options.out is None:
-        print(table)
+        print(markdown(1e12 * options.ceiling, decoding_rate()))
     else:
-        document = options.out.read_text(encoding="utf-8")
-        options.out.write_text(replaced(document, table), encoding="utf-8")
+        write(options.out, 1e12 * options.ceiling)
 
 
 if __name__ == "__main__":
