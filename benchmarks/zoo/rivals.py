@@ -28,6 +28,7 @@ from lightly.models import utils
 from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
 from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
 from safetensors.torch import save_file
+from timm.models.vision_transformer import Block
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,6 +44,7 @@ from cim_models.pretext.exemplars import ExemplarConfig
 from cim_models.pretext.views import normalise
 from cim_models.pretraining import load_recipe, schedules
 from cim_models.pretraining.cache import OnDevice
+from cim_models.pretraining.compiling import VARIANTS
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.data import GlobalBatches, Pictures, loader
 from cim_models.pretraining.loop import pictures_of
@@ -81,6 +83,10 @@ class Method(nn.Module):
     count: int
     """Crops of a picture."""
 
+    def views(self, source: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` takes, of (B, 3, H, W) uint8 pictures and (B, count, DRAWS) uniforms."""
+        raise NotImplementedError
+
     def before_step(self, step: int, steps: int) -> None:
         """Called before each step."""
 
@@ -102,9 +108,12 @@ class MAE(Method):
         self.decoder = MaskedVisionTransformerDecoderTIMM(patches, embed_dim=256, depth=4, num_heads=8)
         self.predict = nn.Linear(256, 3 * self.patch**2)
 
-    def forward(self, source: Tensor, uniforms: Tensor) -> Tensor:
-        """The loss of (B, 3, H, W) uint8 pictures and (B, 1, DRAWS) uniforms."""
-        images = crops(source, uniforms, self.where, ColourConfig.off())
+    def views(self, source: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        """One crop, uncoloured."""
+        return (crops(source, uniforms, self.where, ColourConfig.off()),)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss of (B, 3, S, S)."""
         shape = (len(images), self.masked.sequence_length)
         kept, hidden = utils.random_token_mask(shape, mask_ratio=0.75, device=images.device)
         shown = self.embed(self.masked.encode(images, idx_keep=kept))
@@ -138,16 +147,19 @@ class DINO(Method):
             teacher.requires_grad_(False)
         self.loss = DINOLoss(prototypes)
 
-    def forward(self, source: Tensor, uniforms: Tensor) -> Tensor:
-        """The loss of (B, 3, H, W) uint8 pictures and (B, 8, DRAWS) uniforms."""
+    def views(self, source: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
+        """Two large crops of each picture, all first ones first, and six small ones, picture by picture."""
         draws = uniforms.split([where.count for where in self.where], dim=1)
         first, second, small = (crops(source, *each) for each in zip(draws, self.where, self.colours, strict=True))
-        large = torch.cat([first, second])
+        return torch.cat([first, second]), small
+
+    def forward(self, large: Tensor, small: Tensor) -> Tensor:
+        """The loss of (2 B, 3, S, S) and (6 B, 3, S / 2, S / 2)."""
         with torch.no_grad():
             taught = self.target_head(self.target.forward_features(large)[:, 0])
         learned = self.head(torch.cat([self.online.forward_features(x)[:, 0] for x in (large, small)]))
-        views = [*learned[: len(large)].chunk(2), *learned[len(large) :].unflatten(0, (len(source), -1)).unbind(1)]
-        with torch.autocast(source.device.type, enabled=False):
+        views = [*learned[: len(large)].chunk(2), *learned[len(large) :].unflatten(0, (len(large) // 2, 6)).unbind(1)]
+        with torch.autocast(large.device.type, enabled=False):
             return self.loss([x.float() for x in taught.chunk(2)], [x.float() for x in views])
 
     def before_step(self, step: int, steps: int) -> None:
@@ -204,7 +216,10 @@ def train(kind: type[Method], like: PretrainConfig, pictures: Pictures, out: Pat
     optim, size = like.optimiser, like.backbone.img_size
     torch.manual_seed(like.seed)
     model: Any = kind(backbones.build(like.model, img_size=size), size).to(DEVICE)
-    optimiser = torch.optim.AdamW(param_groups_weight_decay(model, kind.weight_decay[0]), lr=lr, betas=kind.betas)
+    for block in (module for module in model.modules() if like.compile and isinstance(module, Block)):
+        block.compile(dynamic=False, recompile_limit=VARIANTS)  # as those of the run
+    groups = param_groups_weight_decay(model, kind.weight_decay[0])
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=kind.betas, fused=True)
     out.mkdir(parents=True, exist_ok=True)
     log, lines, start = out / "log.jsonl", [], 0
     if (out / "last.pt").exists():
@@ -228,8 +243,9 @@ def train(kind: type[Method], like: PretrainConfig, pictures: Pictures, out: Pat
                 group["lr"] = schedules.learning_rate(step, steps, warmup, lr)
                 group["weight_decay"] = decay if group["weight_decay"] else 0.0
             model.before_step(step, steps)
+            views = model.views(pictures.sources(batch, DEVICE), batch["uniforms"].to(DEVICE, non_blocking=True))
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-                loss = model(pictures.sources(batch, DEVICE), batch["uniforms"].to(DEVICE, non_blocking=True))
+                loss = model(*views)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), kind.clip)
             optimiser.step()
