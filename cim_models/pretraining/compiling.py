@@ -11,7 +11,8 @@ from cim_models.errors import ConfigError
 from cim_models.pretext.model import CIM
 
 VARIANTS = 64
-"""Graphs that one piece of code may become: a block for each depth, whose share of dropped paths differs."""
+"""Graphs that one piece of code may become in this process: a block for each depth, whose share of dropped paths
+differs."""
 
 
 def compile_parts(cim: CIM, backend: Any = "inductor") -> None:
@@ -27,11 +28,12 @@ def compile_parts(cim: CIM, backend: Any = "inductor") -> None:
     Raises:
         ConfigError: If nothing can be compiled here.
     """
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     _check(next(cim.parameters()).device, backend)
     encoders = [encoder for encoder in (cim.online, cim.target) if encoder is not None]
     for part in [*(block for encoder in encoders for block in blocks(encoder)), cim.head]:
         whole = not any(isinstance(module, nn.SyncBatchNorm) for module in part.modules())  # which waits for others
-        part.compile(fullgraph=whole, dynamic=False, backend=backend, recompile_limit=VARIANTS)
+        part.compile(fullgraph=whole, dynamic=False, backend=backend)
 
 
 def eager(compiled: bool) -> AbstractContextManager[Any]:
