@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from cim_models.errors import CimModelsError, ConfigError
 
 @contextlib.contextmanager
 def replacing(path: Path, kind: type[CimModelsError] = ConfigError) -> Iterator[Path]:
-    """Gives a path beside `path` to write to; at the end what is there is flushed to disk and takes its place.
+    """Gives a path to write to, in a hidden folder; at the end what is there is flushed to disk and becomes `path`.
 
-    After an error, or a kill, `path` is what it was before.
+    After an error, or a kill, `path` is what it was before. The folder is for those who write to files of their own
+    first, as safetensors does: what a kill leaves in it is gone with the next writing.
 
     Args:
         path: The file; its folder is made.
@@ -23,9 +25,11 @@ def replacing(path: Path, kind: type[CimModelsError] = ConfigError) -> Iterator[
     Raises:
         CimModelsError: Of that kind, if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    folder = path.with_name(f".{path.name}.tmp")
+    temporary = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -39,5 +43,4 @@ def replacing(path: Path, kind: type[CimModelsError] = ConfigError) -> Iterator[
             raise
         raise kind(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,10 @@
 """cim_models.files: a file is the old one or the whole new one."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,3 +71,20 @@ def test_files_are_for_whom_the_umask_says(tmp_path, umask):
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_what_a_kill_left_is_gone_with_the_next_writing(tmp_path):
+    """safetensors writes to a file of its own, of any name, and then renames it."""
+    path = tmp_path / "file"
+    code = f"""
+import os, pathlib
+from cim_models.files import replacing
+with replacing(pathlib.Path({str(path)!r})) as new:
+    (new.parent / ".tmpAbCdEf").write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert names(tmp_path) == [".file.tmp"]
+    with replacing(path) as new:
+        new.write_bytes(b"whole")
+    assert names(tmp_path) == ["file"] and path.read_bytes() == b"whole"
