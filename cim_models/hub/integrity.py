@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def side_by_side(look: Callable[[WeightFile], Result], files: Iterable[WeightFile]) -> list[Result]:
-    """Looks at files in threads, as many cores as there are: reading and checksums do not hold the interpreter."""
+    """Looks at files in threads: reading and checksums do not hold the interpreter."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(look, files))
 
