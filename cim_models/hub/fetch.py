@@ -47,8 +47,9 @@ def fetch(name: str, /, *, to: Path, token: bool = False, whole: bool = False, r
         if entry.id in manifest.entries:
             for text in provenance_files(released):
                 shutil.copyfile(text, temporary / text.name)
-        if whole and "backbone" in found.files:
-            join(found.files["backbone"], temporary / WHOLE)
+        shards = found.files.get("backbone", ())
+        if whole and len(shards) > 1:
+            join(shards, temporary / WHOLE)
         write_config(temporary, entry, found.labels)
         (temporary / "README.md").write_text(render_card(entry, temporary), encoding="utf-8")
         install()

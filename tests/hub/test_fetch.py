@@ -41,6 +41,8 @@ def test_from_the_hub(hub, published, tmp_path, monkeypatch):
     assert {path.name for path in made.iterdir()} == {*contents, "config.json", "README.md"}
     assert all((made / name).read_bytes() == content for name, content in contents.items())
     assert from_path(made).entry == entry
+    whole = fetch(entry.id, to=tmp_path / "whole", whole=True, root=manifest.root)
+    assert all((whole / name).read_bytes() == content for name, content in contents.items()), "it is one file already"
     model = by_both_ways(made, manifest, entry, monkeypatch)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
     assert fetch("cim_vit_tiny", to=made, root=manifest.root) == made, "again"
