@@ -86,7 +86,7 @@ def table(path: Path, **fields) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["models", "search", "ablations"])
+@pytest.mark.parametrize("name", ["models", "search", "ablations", "cpu"])
 def test_every_run_of_a_table_is_a_configuration(runs, pictures, name, tmp_path):
     read = runs.read_table(ZOO / f"{name}.yaml")
     for run in read.runs:
@@ -110,6 +110,14 @@ def test_what_a_table_cannot_say(runs, tmp_path):
     broken = from_dict(runs.Table, {"runs": {"a": {"optimiser": {"rate": 1}}}, "images": 5}, "table")
     with pytest.raises(ConfigError, match="a: optimiser: no field 'rate'"):
         runs.configuration(broken, "a", tmp_path, tmp_path, 5)
+
+
+def test_a_run_has_the_last_word_over_its_table(runs, pictures, tmp_path):
+    fields = {"settings": {**SMALL, "seed": 3}, "runs": {"a": None, "b": {"seed": 4, "views": {"context_size": 96}}}}
+    read = runs.read_table(table(tmp_path / "t.yaml", images=32, **fields))
+    a, b = (runs.configuration(read, name, pictures, tmp_path, 32) for name in "ab")
+    assert (a.seed, a.views.context_size, a.views.exemplars.size) == (3, 64, 32)
+    assert (b.seed, b.views.context_size, b.views.exemplars.size) == (4, 96, 32)
 
 
 def test_a_budget_of_minutes_is_one_of_images_found_once(runs, pictures, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
     timeout -s TERM 570 python benchmarks/zoo/runs.py benchmarks/zoo/models.yaml TRAIN --out runs/models
 
-A table (models.yaml, search.yaml, ablations.yaml beside this) names runs and how each differs from recipes/whole.yaml.
+A table (models.yaml and others beside this) names runs and how each differs from recipes/whole.yaml.
 A run `small` first sees easy exemplars in runs/models/start/small (recipes/start.yaml), then all of them in
 runs/models/small. What is done is not done again, and what a signal ended goes on, so a long table is a matter of
 calling this again until it says that all is done.
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -58,6 +58,8 @@ class Table:
 
     runs: dict
     """Name → how the run differs from recipes/whole.yaml, in the words of a recipe."""
+    settings: dict = field(default_factory=dict)
+    """How all of them do."""
     minutes: float | None = None
     """Of training, for each run."""
     images: int | None = None
@@ -99,7 +101,7 @@ def configuration(
         rehearse: As `REHEARSAL` says.
     """
     layers = [_read_yaml(RECIPES / "whole.yaml"), _read_yaml(RECIPES / "start.yaml") if start else {}]
-    layers += [table.runs[name] or {}, REHEARSAL if rehearse else {}]
+    layers += [table.settings, table.runs[name] or {}, REHEARSAL if rehearse else {}]
     config: PretrainConfig = from_dict(PretrainConfig, merged(*layers), name)
     config.data.path, config.out = str(data), str(out / "start" / name if start else out / name)
     config.resume = "auto"
