@@ -16,7 +16,7 @@ from cim_models.files import replacing
 
 KEYS = {"protocol", "model", "data", "settings", "result"}
 """What tells a report from other JSON files in a folder."""
-AXES = {"epoch": "epochs", "images_seen": "images seen"}
+AXES = {"epoch": "epochs", "images_seen": "images seen", "minutes": "minutes"}
 COST = {"images_seen": "images seen", "minutes": "minutes"}
 """What pretraining took, where a row's weights say it."""
 
@@ -98,7 +98,7 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
 
     Rows of a table share protocol, version and data; each names its command. Repetitions with other seeds are one row,
     mean ± standard deviation. Plots show the score against epochs and images seen: of fine-tuning where it was measured
-    on the way, and of the pretraining of encoders that come from a run or a release with its log.
+    on the way, and of encoders that come from a run or a release with its log, against what their pretraining took.
 
     Args:
         sources: JSON files, or folders that hold some at any depth.
@@ -283,17 +283,22 @@ def _histories(section: Section, axis: str) -> list[Curve]:
 
 
 def _pretraining(section: Section, axis: str) -> list[Curve]:
-    """The headline of encoders after more and more pretraining, random weights being none.
+    """The headline of each pretrained model against what it took; random weights of its kind took nothing."""
+    differing = [key for key in _differing(section) if key != "input"]
+    runs = [run for row in section.rows for run in row.runs if run.result.get("headline") is not None]
+    random: dict[tuple[str, ...], list[float]] = {}
+    for run in (run for run in runs if run.model.get("random_init")):
+        random.setdefault(_kind(run, differing), []).append(run.result["headline"])
+    curves: dict[str, Curve] = {}
+    for run in (run for run in runs if not run.model.get("random_init") and run.model.get(axis)):
+        kind = _kind(run, differing)
+        name = ", ".join([run.model["model"], *kind[2:]])
+        curve = curves.setdefault(name, Curve(name, {0: random[kind]} if kind in random else {}))
+        curve.add(run.model[axis], run.result["headline"])
+    return list(curves.values())
 
-    A line for each architecture, input and settings; encoders that have seen the same number of images count as
-    repetitions.
-    """
-    differing, curves = _differing(section), dict[str, Curve]()
-    for run in (run for row in section.rows for run in row.runs):
-        seen = 0 if run.model.get("random_init") else run.model.get(axis)
-        headline = run.result.get("headline")
-        if seen is not None and headline is not None:
-            settings = [f"{key}={run.settings.get(key)}" for key in differing if key != "input"]
-            name = ", ".join([run.model.get("architecture") or run.model["model"], _size(run), *settings])
-            curves.setdefault(name, Curve(name)).add(seen, headline)
-    return [curve for curve in curves.values() if any(curve.points)]
+
+def _kind(run: Report, differing: Sequence[str]) -> tuple[str, ...]:
+    """What random weights and the pretrained ones that are compared with them have in common."""
+    settings = (f"{key}={run.settings.get(key)}" for key in differing)
+    return (run.model.get("architecture") or run.model["model"], _size(run), *settings)

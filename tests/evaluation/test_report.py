@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,24 @@ def test_plots(tmp_path):
     first = {path: path.read_bytes() for path in [out, *made.plots]}
     report((tmp_path,), out, plots=tmp_path / "docs" / "results")
     assert all(path.read_bytes() == content for path, content in first.items())
+
+
+def test_a_line_of_pretraining_is_one_model_from_its_random_weights_on(tmp_path, monkeypatch):
+    drawn = {}
+    module = sys.modules[report.__module__]
+    monkeypatch.setattr(module, "draw_curves", lambda curves, path, *_: drawn.update({path: curves}))
+    for name, seen, share in (("ours", 50, 0.3), ("ours", 100, 0.4), ("theirs", 100, 0.2)):
+        cost = {"model": name, "architecture": "vit", "images_seen": seen, "minutes": seen / 10}
+        result(model=cost, headline=share).save(tmp_path / f"{name}{seen}.json")
+    for seed, architecture, share in ((0, "vit", 0.1), (1, "vit", 0.12), (0, "resnet", 0.6)):
+        random = {"random_init": True, "model": architecture, "architecture": architecture, "weights_sha256": str(seed)}
+        result(seed, model=random, headline=share).save(tmp_path / f"r{architecture}{seed}.json")
+    report((tmp_path,), plots=tmp_path / "plots")
+    assert sorted(path.stem.rpartition("pretraining_")[2] for path in drawn) == ["images_seen", "minutes"]
+    by_minutes = next(curves for path, curves in drawn.items() if path.stem.endswith("minutes"))
+    assert {curve.name: curve.points for curve in by_minutes} == {
+        "ours": {0: [0.1, 0.12], 5.0: [0.3], 10.0: [0.4]}, "theirs": {0: [0.1, 0.12], 10.0: [0.2]},
+    }  # fmt: skip
 
 
 def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
