@@ -4,6 +4,7 @@ from cim_models.evaluation.correlation import correlation
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.features import extract, extract_all, pool
 from cim_models.evaluation.finetune import FinetuneConfig, finetune
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.knn import knn
 from cim_models.evaluation.linear import linear
 from cim_models.evaluation.locate import locate
@@ -15,6 +16,7 @@ from cim_models.evaluation.segmenters import Segmenter, load_segmenter
 
 __all__ = [
     "FinetuneConfig",
+    "FrozenConfig",
     "SegmentConfig",
     "Segmenter",
     "correlation",

@@ -1,5 +1,6 @@
-"""What every protocol on a frozen encoder starts from: the features and labels of two splits."""
+"""What every protocol on a frozen encoder starts from, the features and labels of two splits, and its report."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,33 @@ from torch import Tensor
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.cache import split_features
 from cim_models.evaluation.encoders import describe, open_encoder
-from cim_models.evaluation.features import Pooling, Precision
+from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
+from cim_models.evaluation.protocol import Report
 from cim_models.evaluation.splits import Split, check_same_classes, read_split
 from cim_models.processes import Processes, launched
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """How a frozen encoder is measured, whatever the protocol."""
+
+    pooling: Pooling = "patches"
+    """What stands for an image: mean of the patch tokens, class token, or both."""
+    seed: int = 0
+    """Of everything random: weights, order, what is held out, draws."""
+    cache: Path | None = None
+    """Folder to keep features in, for other protocols to use; by default none are kept."""
+    batch_size: int = 64
+    """Images at a time."""
+    workers: int = DEFAULT_WORKERS
+    """Processes that read images."""
+    device: str | None = None
+    """Such as cuda or cpu; by default the GPU where there is one."""
+    precision: Precision = "fp32"
+    """Of the encoder; features are fp32."""
+
+
+DEFAULT = FrozenConfig()
 
 
 @dataclass
@@ -43,33 +68,45 @@ class Frozen:
     processes: Processes
     """Of which the first one has the features."""
 
+    def report(
+        self, out: Path, command: str, protocol: str, settings: Mapping[str, Any], result: Mapping[str, Any]
+    ) -> Report:
+        """Writes what a protocol did beside, and what it found, chance apart."""
+        made = Report(
+            protocol=protocol,
+            model=self.model,
+            data=self.data,
+            settings={**self.settings, **settings},
+            result={**result, "chance": 1 / len(self.classes)},
+            command=command,
+        )
+        made.save(out)
+        return made
+
 
 def frozen_features(
     model: str,
     train: Path,
     val: Path,
+    config: FrozenConfig,
     *,
     weights: str | None,
     random_init: bool,
-    pooling: Pooling,
     image_size: int | None,
     limit_per_class: int | None,
-    seed: int,
-    batch_size: int,
-    workers: int,
-    device: str | None,
-    precision: Precision,
-    cache: Path | None,
 ) -> Frozen:
     """Opens an encoder and extracts the features of both splits; arguments are those of `knn`.
 
+    Unreadable images are left out and named in the report.
+
     Raises:
-        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, no image of
-            one can be read, or features are not finite; the message names the path.
+        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
+            image does not exist, no image of a class can be read, or features are not finite; the message names the
+            path.
         ConfigError: If a setting cannot work.
-        WeightsError: If there are no such weights.
+        WeightsError: If there are no such weights, or they do not fit.
     """
-    if pooling == "dense":
+    if config.pooling == "dense":
         raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
     splits: dict[str, Split] = {
         name: read_split(source, limit_per_class) for name, source in (("train", train), ("val", val))
@@ -77,10 +114,10 @@ def frozen_features(
     check_same_classes(splits["train"], splits["val"])
     processes = launched()
     encoder = open_encoder(
-        model, weights=weights, random_init=random_init, seed=seed, image_size=image_size,
-        device=device or processes.device,
+        model, weights=weights, random_init=random_init, seed=config.seed, image_size=image_size,
+        device=config.device or processes.device,
     )  # fmt: skip
-    about = describe(encoder, model, random_init, weights=weights, seed=seed)
+    about = describe(encoder, model, random_init, weights=weights, seed=config.seed)
     labelled, data = {}, {}
     for name, split in splits.items():
         processes.check_same([about, split.paths], f"{split.source} or {model}")
@@ -88,11 +125,11 @@ def frozen_features(
             encoder,
             split,
             about,
-            pooling,
-            cache=cache,
-            batch_size=batch_size,
-            workers=workers,
-            precision=precision,
+            config.pooling,
+            cache=config.cache,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            precision=config.precision,
             progress=name,
             processes=processes,
         )
@@ -112,6 +149,11 @@ def frozen_features(
         device=next(encoder.parameters()).device,
         model=about,
         data=data,
-        settings={"augmentation": None, "pooling": pooling, "precision": precision, "seed": seed},
+        settings={
+            "augmentation": None,
+            "pooling": config.pooling,
+            "precision": config.precision,
+            "seed": config.seed,
+        },
         processes=processes,
     )

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
-from cim_models.evaluation.frozen import frozen_features
+from cim_models.evaluation.frozen import DEFAULT, FrozenConfig, frozen_features
 from cim_models.evaluation.protocol import Report, command_of, variant
 
 PROTOCOL = "knn-1"
@@ -134,19 +133,11 @@ def knn(
     random_init: bool = False,
     ks: tuple[int, ...] = KS,
     temperature: float = TEMPERATURE,
-    pooling: Pooling = "patches",
     image_size: int | None = None,
     limit_per_class: int | None = None,
-    seed: int = 0,
-    cache: Path | None = None,
-    batch_size: int = 64,
-    workers: int = DEFAULT_WORKERS,
-    device: str | None = None,
-    precision: Precision = "fp32",
+    config: FrozenConfig = DEFAULT,
 ) -> Report:
     """Measures the weighted kNN accuracy of a frozen encoder on labelled images.
-
-    Unreadable images are left out and named in the report.
 
     Args:
         model: Name of a model or of released weights, a release folder, a run directory, a weights file, or any model
@@ -159,28 +150,19 @@ def knn(
         random_init: Random weights in the same architecture, with the same transform: the baseline to compare with.
         ks: Numbers of voters; those above the number of training images are left out. The headline is 20.
         temperature: Of the weights exp(cosine similarity / temperature).
-        pooling: What stands for an image: mean of the patch tokens, class token, or both.
         image_size: Pixels of the side of what the encoder sees; by default what its weights say.
         limit_per_class: Only the first images of each class, in order of their names, of both splits.
-        seed: Of random weights.
-        cache: Folder to keep features in, for other protocols to use; by default none are kept.
-        batch_size: Images at a time.
-        workers: Processes that read images.
-        device: Such as cuda or cpu; by default the GPU where there is one.
-        precision: Of the encoder; features are fp32.
+        config: How the encoder is looked at.
 
     Raises:
-        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
-            image does not exist, none can be read, features are not finite, or too few images for any k; the message
-            names the path.
+        DataError: As `frozen_features`, or if too few images vote for any k.
         ConfigError: If a setting cannot work.
         WeightsError: If there are no such weights, or they do not fit.
     """
     command = command_of("evaluate knn", knn, locals())
     frozen = frozen_features(
-        model, train, val, weights=weights, random_init=random_init, pooling=pooling, image_size=image_size,
-        limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
-        precision=precision, cache=cache,
+        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        limit_per_class=limit_per_class,
     )  # fmt: skip
 
     def measure() -> Report:
@@ -190,20 +172,16 @@ def knn(
             raise DataError(f"{train}: {len(features)} images are too few for k={min(ks)}; give a smaller k")
         queries = frozen.val.features.to(frozen.device)
         accuracies = knn_accuracy(features, labels, queries, frozen.val.labels, usable, temperature)
-        report = Report(
-            protocol=variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
-            model=frozen.model,
-            data=frozen.data,
-            settings={**frozen.settings, "similarity": "cosine", "temperature": temperature},
+        return frozen.report(
+            out,
+            command,
+            variant(PROTOCOL, {"temperature": TEMPERATURE}, {"temperature": temperature}),
+            settings={"similarity": "cosine", "temperature": temperature},
             result={
                 "metric": "top-1",
                 "scores": {f"k={k}": accuracy for k, accuracy in accuracies.items()},
                 "headline": accuracies.get(HEADLINE),
-                "chance": 1 / len(frozen.classes),
             },
-            command=command,
         )
-        report.save(out)
-        return report
 
     return frozen.processes.by_first(measure)

@@ -9,8 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
-from cim_models.evaluation.frozen import frozen_features
+from cim_models.evaluation.frozen import DEFAULT, FrozenConfig, frozen_features
 from cim_models.evaluation.heads import Heads, fit_lbfgs, fit_sgd
 from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.splits import hold_out
@@ -41,15 +40,9 @@ def linear(
     random_init: bool = False,
     epochs: int = EPOCHS,
     lrs: tuple[float, ...] = LRS,
-    pooling: Pooling = "patches",
     image_size: int | None = None,
     limit_per_class: int | None = None,
-    seed: int = 0,
-    cache: Path | None = None,
-    batch_size: int = 64,
-    workers: int = DEFAULT_WORKERS,
-    device: str | None = None,
-    precision: Precision = "fp32",
+    config: FrozenConfig = DEFAULT,
 ) -> Report:
     """Measures the accuracy of a linear classifier on frozen features of labelled images.
 
@@ -69,20 +62,12 @@ def linear(
         quick: Logistic regression by L-BFGS instead, whose penalty is chosen in the same way: seconds, not minutes.
         epochs: Passes over the training features, of SGD.
         lrs: Learning rates to choose from, of SGD.
-        pooling: What stands for an image: mean of the patch tokens, class token, or both.
         image_size: Pixels of the side of what the encoder sees; by default what its weights say.
         limit_per_class: Only the first images of each class, in order of their names, of both splits.
-        seed: Of the order, of what is held out, and of random weights.
-        cache: Folder to keep features in, for other protocols to use; by default none are kept.
-        batch_size: Images at a time.
-        workers: Processes that read images.
-        device: Such as cuda or cpu; by default the GPU where there is one.
-        precision: Of the encoder; features are fp32.
+        config: How the encoder is looked at.
 
     Raises:
-        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
-            image does not exist, none can be read, features are not finite, or each class has one training
-            image; the message names the path.
+        DataError: As `frozen_features`, or if each class has one training image.
         ConfigError: If a setting cannot work.
         WeightsError: If there are no such weights, or they do not fit.
     """
@@ -92,15 +77,14 @@ def linear(
     if epochs < 1 or not lrs or min(lrs) <= 0:
         raise ConfigError(f"epochs={epochs}, lrs={lrs}: give at least one epoch and learning rates above 0")
     frozen = frozen_features(
-        model, train, val, weights=weights, random_init=random_init, pooling=pooling, image_size=image_size,
-        limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
-        precision=precision, cache=cache,
+        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        limit_per_class=limit_per_class,
     )  # fmt: skip
 
     def measure() -> Report:
         features, labels, classes = frozen.train.features, frozen.train.labels, len(frozen.classes)
         try:
-            kept, held = hold_out(labels, HELD_OUT, seed)
+            kept, held = hold_out(labels, HELD_OUT, config.seed)
         except DataError as error:
             raise DataError(f"{train}: {error}") from error
 
@@ -108,7 +92,7 @@ def linear(
             examples = features[rows], labels[rows], classes
             if quick:
                 return [fit_lbfgs(*examples, penalty, device=frozen.device) for penalty in grid]
-            order: dict[str, Any] = dict(epochs=epochs, batch_size=BATCH, momentum=MOMENTUM, seed=seed)
+            order: dict[str, Any] = dict(epochs=epochs, batch_size=BATCH, momentum=MOMENTUM, seed=config.seed)
             with tqdm(desc="linear", total=epochs, unit="epoch", disable=None) as bar:
                 return [fit_sgd(*examples, grid, **order, device=frozen.device, progress=bar.update)]
 
@@ -123,12 +107,11 @@ def linear(
 
         name = "penalty" if quick else "lr"
         sgd = {"epochs": epochs, "lrs": tuple(sorted(lrs))}
-        report = Report(
-            protocol=QUICK if quick else variant(PROTOCOL, {"epochs": EPOCHS, "lrs": LRS}, sgd),
-            model=frozen.model,
-            data=frozen.data,
+        return frozen.report(
+            out,
+            command,
+            QUICK if quick else variant(PROTOCOL, {"epochs": EPOCHS, "lrs": LRS}, sgd),
             settings={
-                **frozen.settings,
                 "normalisation": "batch normalisation without affine, statistics of the training set",
                 **(
                     {"optimiser": "L-BFGS", "penalties": PENALTIES}
@@ -142,13 +125,9 @@ def linear(
                 "metric": "accuracy",
                 "scores": scores,
                 "headline": scores["top-1"],
-                "chance": 1 / classes,
                 name: chosen,
                 "held_out_top1": {f"{value:g}": accuracy for value, accuracy in zip(grid, tried, strict=True)},
             },
-            command=command,
         )  # fmt: skip
-        report.save(out)
-        return report
 
     return frozen.processes.by_first(measure)

@@ -7,8 +7,7 @@ from statistics import mean
 from tqdm import tqdm
 
 from cim_models.errors import ConfigError, DataError
-from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
-from cim_models.evaluation.frozen import frozen_features
+from cim_models.evaluation.frozen import DEFAULT, FrozenConfig, frozen_features
 from cim_models.evaluation.heads import fit_lbfgs
 from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.splits import draw_per_class
@@ -36,15 +35,9 @@ def lowshot(
     shares: tuple[float, ...] = SHARES,
     shots: tuple[int, ...] = SHOTS,
     draws: int = DRAWS,
-    pooling: Pooling = "patches",
     image_size: int | None = None,
     limit_per_class: int | None = None,
-    seed: int = 0,
-    cache: Path | None = None,
-    batch_size: int = 64,
-    workers: int = DEFAULT_WORKERS,
-    device: str | None = None,
-    precision: Precision = "fp32",
+    config: FrozenConfig = DEFAULT,
 ) -> Report:
     """Measures the accuracy of logistic regression on frozen features of a few labelled images.
 
@@ -64,20 +57,12 @@ def lowshot(
         shares: Of the training images of each class, at least one of it. The headline is 1 %.
         shots: Training images of each class; numbers that not all classes have are left out.
         draws: How often the labelled images are drawn.
-        pooling: What stands for an image: mean of the patch tokens, class token, or both.
         image_size: Pixels of the side of what the encoder sees; by default what its weights say.
         limit_per_class: Only the first images of each class, in order of their names, of both splits.
-        seed: Of the draws and of random weights.
-        cache: Folder to keep features in, for other protocols to use; by default none are kept.
-        batch_size: Images at a time.
-        workers: Processes that read images.
-        device: Such as cuda or cpu; by default the GPU where there is one.
-        precision: Of the encoder; features are fp32.
+        config: How the encoder is looked at.
 
     Raises:
-        DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
-            image does not exist, none can be read, features are not finite, or too few images for the
-            shots; the message names the path.
+        DataError: As `frozen_features`, or if a class has too few images for any of the shots.
         ConfigError: If a setting cannot work.
         WeightsError: If there are no such weights, or they do not fit.
     """
@@ -87,9 +72,8 @@ def lowshot(
             f"shares={shares}, shots={shots}, draws={draws}: shares lie in (0, 1], the others are above 0"
         )
     frozen = frozen_features(
-        model, train, val, weights=weights, random_init=random_init, pooling=pooling, image_size=image_size,
-        limit_per_class=limit_per_class, seed=seed, batch_size=batch_size, workers=workers, device=device,
-        precision=precision, cache=cache,
+        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        limit_per_class=limit_per_class,
     )  # fmt: skip
 
     def measure() -> Report:
@@ -109,19 +93,18 @@ def lowshot(
         with tqdm(desc="lowshot", total=draws * len(budgets), unit="fit", disable=None) as bar:
             for draw in range(draws):
                 for name, count in budgets.items():
-                    rows = draw_per_class(labels, count, seed * 1000 + draw)
+                    rows = draw_per_class(labels, count, config.seed * 1000 + draw)
                     images[name] = len(rows)
                     heads = fit_lbfgs(
                         features[rows], labels[rows], classes, penalty_of / len(rows), device=frozen.device
                     )
                     scores[name] += heads.accuracies(frozen.val.features, frozen.val.labels)
                     bar.update()
-        report = Report(
-            protocol=variant(PROTOCOL, {"draws": DRAWS}, {"draws": draws}),
-            model=frozen.model,
-            data=frozen.data,
+        return frozen.report(
+            out,
+            command,
+            variant(PROTOCOL, {"draws": DRAWS}, {"draws": draws}),
             settings={
-                **frozen.settings,
                 "normalisation": "batch normalisation without affine, statistics of the drawn images",
                 "optimiser": "L-BFGS",
                 "penalty": f"features / ({STRENGTH:g} images)",
@@ -131,12 +114,8 @@ def lowshot(
                 "metric": "top-1",
                 "scores": scores,
                 "headline": mean(scores[HEADLINE]) if HEADLINE in scores else None,
-                "chance": 1 / classes,
                 "images": images,
             },
-            command=command,
         )
-        report.save(out)
-        return report
 
     return frozen.processes.by_first(measure)

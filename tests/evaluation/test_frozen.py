@@ -13,6 +13,7 @@ from cim_models.cli import COMMANDS
 from cim_models.errors import DataError
 from cim_models.evaluation.encoders import open_encoder
 from cim_models.evaluation.features import extract_all
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.splits import read_split
 from cim_models.images import find_images
 
@@ -28,9 +29,11 @@ def measure(request, splits, run):
     """Runs a protocol on `train` and `val`."""
     function, few = PROTOCOLS[request.param]
 
-    def call(model=str(run), **options):
+    def call(model=str(run), config=None, **options):
         folders = (options.pop("train", splits / "train"), options.pop("val", splits / "val"))
-        return function(model, *folders, splits / "out.json", workers=0, **few, **options)
+        return function(
+            model, *folders, splits / "out.json", config=FrozenConfig(workers=0, **(config or {})), **few, **options
+        )
 
     return call
 
@@ -56,7 +59,7 @@ def test_features_that_are_not_finite(splits, measure, run, tmp_path):
     tensors["norm.weight"][0] = torch.nan
     save_file(tensors, file, {"architecture": "cim_vit_tiny", "model_args": '{"depth": 2, "img_size": 64}'})
     with pytest.raises(DataError, match="train/even/.*jpg: the encoder's features of this image are not finite"):
-        measure(str(tmp_path / "bad"), cache=splits / "cache")
+        measure(str(tmp_path / "bad"), config={"cache": splits / "cache"})
     assert not [path for path in (splits / "cache").rglob("*") if path.is_file()]
 
 
@@ -69,7 +72,7 @@ def test_a_file_of_labels_and_a_cache_give_the_numbers_of_folders(splits, measur
     listed = measure(train=splits / "train.csv", val=splits / "val.csv")
     assert listed.result == expected.result and listed.data["train"]["images"] == 16
     for _ in range(2):
-        assert measure(cache=splits / "cache").result == expected.result
+        assert measure(config={"cache": splits / "cache"}).result == expected.result
 
 
 def test_a_peer_from_its_file(splits, measure):
@@ -77,7 +80,7 @@ def test_a_peer_from_its_file(splits, measure):
         torch.manual_seed(3)
         peer = timm.create_model("test_vit", num_classes=0)
     torch.save({"model": peer.state_dict()}, splits / "peer.pth")
-    options = dict(seed=3, image_size=64, pooling="class")
+    options = dict(image_size=64, config={"seed": 3, "pooling": "class"})
     report = measure("test_vit", weights=str(splits / "peer.pth"), **options)
     random = measure("test_vit", random_init=True, **options)
     assert report.result == random.result

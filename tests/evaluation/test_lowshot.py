@@ -12,6 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.encoders import open_encoder
 from cim_models.evaluation.features import extract_all
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.lowshot import lowshot
 from cim_models.evaluation.splits import draw_per_class, read_split
 
@@ -22,7 +23,7 @@ def folders(splits):
 
 
 def test_each_draw_is_that_of_scikit_learn(splits, folders, run):
-    lowshot(str(run), *folders, splits / "l.json", shares=(0.5,), shots=(2, 8), seed=3, workers=0)
+    lowshot(str(run), *folders, splits / "l.json", shares=(0.5,), shots=(2, 8), config=FrozenConfig(seed=3, workers=0))
     saved = json.loads((splits / "l.json").read_text())
     encoder, parts = open_encoder(str(run)), [read_split(folder) for folder in folders]
     (train, val) = (extract_all(encoder, part.paths, workers=0).features for part in parts)
@@ -44,7 +45,7 @@ def test_each_draw_is_that_of_scikit_learn(splits, folders, run):
 
 def test_the_headline_is_the_mean_for_one_per_cent(splits, folders, run, caplog):
     with caplog.at_level(logging.WARNING, "cim_models"):
-        report = lowshot(str(run), *folders, splits / "l.json", shots=(1, 9), draws=2, workers=0)
+        report = lowshot(str(run), *folders, splits / "l.json", shots=(1, 9), draws=2, config=FrozenConfig(workers=0))
     assert "a class has 8 images" in caplog.text and list(report.result["scores"]) == ["1%", "10%", "1 per class"]
     assert report.result["headline"] == mean(report.result["scores"]["1%"])
     assert report.protocol == "lowshot-1, draws=2" and " ± " in str(report)
@@ -55,4 +56,4 @@ def test_what_cannot_work_is_said(splits, folders, run):
         with pytest.raises(ConfigError, match="shares lie in"):
             lowshot(str(run), *folders, splits / "l.json", **options)
     with pytest.raises(DataError, match="train: a class has 8 images, too few"):
-        lowshot(str(run), *folders, splits / "l.json", shares=(), shots=(9,), workers=0)
+        lowshot(str(run), *folders, splits / "l.json", shares=(), shots=(9,), config=FrozenConfig(workers=0))

@@ -7,6 +7,7 @@ import torch
 
 from cim_models import backbones
 from cim_models.errors import DataError
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.knn import knn
 from cim_models.evaluation.probe import knn_probe
 from cim_models.hub.load import create_pretext
@@ -22,7 +23,8 @@ def test_the_numbers_are_those_of_knn(run, splits, tmp_path):
     assert numbers.keys() == {"knn_online", "knn_target"}
     for name in ("online", "target"):
         file = str(run / f"{name}.safetensors")
-        report = knn(file, splits / "train", splits / "val", tmp_path / "knn.json", ks=(5,), workers=0)
+        config = FrozenConfig(workers=0)
+        report = knn(file, splits / "train", splits / "val", tmp_path / "knn.json", ks=(5,), config=config)
         assert numbers[f"knn_{name}"] == report.result["scores"]["k=5"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in cim.state_dict().items())
 

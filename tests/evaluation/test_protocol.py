@@ -9,14 +9,17 @@ import pytest
 
 from cim_models import __version__, cli
 from cim_models.errors import ConfigError, DataError
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.knn import knn
 from cim_models.evaluation.protocol import commit, percent, variant
+
+HERE = FrozenConfig(workers=0)
 
 
 def test_a_report_says_how_it_was_made(splits, run):
     (splits / "train" / "odd" / "broken.jpg").write_text("no picture")
     out = splits / "results" / "knn.json"
-    report = knn(str(run), splits / "train", splits / "val", out, ks=(1, 5, 20), workers=0)
+    report = knn(str(run), splits / "train", splits / "val", out, ks=(1, 5, 20), config=HERE)
     saved = json.loads(out.read_text())
     assert saved["protocol"] == "knn-1" and saved["model"]["model"] == str(run) and not saved["model"]["random_init"]
     assert saved["versions"]["cim_models"] == __version__ and {"torch", "timm", "python"} < set(saved["versions"])
@@ -34,7 +37,8 @@ def test_a_report_says_how_it_was_made(splits, run):
 def test_the_command_of_a_report_repeats_it(splits, run, capsys):
     out = splits / "k n n.json"
     folders = splits / "train", splits / "val"
-    knn(str(run), *folders, out, ks=(1, 3), pooling="both", limit_per_class=4, random_init=True, workers=0)
+    config = FrozenConfig(pooling="both", workers=0)
+    knn(str(run), *folders, out, ks=(1, 3), limit_per_class=4, random_init=True, config=config)
     first = json.loads(out.read_text())
     out.unlink()
     assert cli.main(shlex.split(first["command"])[1:]) == 0 and "k=3" in capsys.readouterr().out
@@ -59,9 +63,9 @@ def test_per_cent():
 
 
 def test_the_same_folder_twice_is_known_by_heart(splits, run):
-    report = knn(str(run), splits / "train", splits / "train", splits / "k.json", ks=(1,), workers=0)
+    report = knn(str(run), splits / "train", splits / "train", splits / "k.json", ks=(1,), config=HERE)
     assert report.result["scores"]["k=1"] == 1.0
-    options = dict(ks=(2,), limit_per_class=1, random_init=True, workers=0)
+    options = dict(ks=(2,), limit_per_class=1, random_init=True, config=HERE)
     random = knn(str(run), splits / "train", splits / "val", splits / "r.json", temperature=0.1, **options)
     assert random.model["random_init"] and random.model["weights_sha256"] != report.model["weights_sha256"]
     assert random.data["val"]["images"] == 2 and random.protocol == "knn-1, temperature=0.1"
@@ -70,7 +74,7 @@ def test_the_same_folder_twice_is_known_by_heart(splits, run):
 def test_settings_that_cannot_work(splits, run):
     folders = splits / "train", splits / "val"
     with pytest.raises(ConfigError, match="dense"):
-        knn(str(run), *folders, splits / "k.json", pooling="dense")
+        knn(str(run), *folders, splits / "k.json", config=FrozenConfig(pooling="dense"))
     with pytest.raises(DataError, match="16 images are too few for k=20"):
-        knn(str(run), *folders, splits / "k.json", ks=(20, 50), workers=0)
+        knn(str(run), *folders, splits / "k.json", ks=(20, 50), config=HERE)
     assert not (splits / "k.json").exists()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.curves import Curve, draw_curves
+from cim_models.evaluation.frozen import FrozenConfig
 from cim_models.evaluation.knn import knn
 from cim_models.evaluation.protocol import Report
 from cim_models.evaluation.report import report
@@ -196,7 +197,7 @@ def test_what_is_no_result_is_said(tmp_path):
 
 
 def test_a_measured_result_is_read_as_it_was(splits, run):
-    made = knn(str(run), splits / "train", splits / "val", splits / "k.json", ks=(1,), workers=0)
+    made = knn(str(run), splits / "train", splits / "val", splits / "k.json", ks=(1,), config=FrozenConfig(workers=0))
     read = Report.load(splits / "k.json")
     assert json.dumps(dataclasses.asdict(read)) == json.dumps(dataclasses.asdict(made))
     (row,) = table(report((splits / "k.json",)).markdown)
