@@ -17,7 +17,7 @@ from cim_models.evaluation.splits import fingerprint
 from cim_models.images import find_images, read_image
 from cim_models.pretext import views
 from cim_models.pretext.exemplars import ExemplarConfig
-from cim_models.pretext.measures import iou, location_prior
+from cim_models.pretext.measures import agreement, location_prior
 from cim_models.pretext.model import CIM
 from cim_models.pretext.views import ViewConfig, Views, make_views
 
@@ -79,7 +79,7 @@ def correlation(
         sources = torch.stack([square(central(read_image(paths[i])), side) for i in rows])
         cut = make_views(sources.to(place), uniforms[rows].to(place), config)
         sums += len(rows) * _measure(pretext, cut)
-    loss, shuffled_loss, overlap, overlap_shuffled = (sums / len(paths)).tolist()
+    loss, gap, overlap, overlap_shuffled = (sums / len(paths)).tolist()
 
     report = Report(
         protocol=PROTOCOL,
@@ -99,7 +99,7 @@ def correlation(
             "headline": overlap,
             "loss": loss,
             "prior_loss": prior.loss,
-            "gap": shuffled_loss - loss,
+            "gap": gap,
             "iou_shuffled": overlap_shuffled,
             "iou_prior": prior.iou,
         },
@@ -124,12 +124,12 @@ def central(image: Image.Image) -> Image.Image:
 
 @torch.no_grad()
 def _measure(pretext: CIM, cut: Views) -> Tensor:
-    """(4,): loss with the right exemplars and with those of the next image, then both overlaps."""
-    tokens = pretext.encode_context(cut.context)
-    sequence, _ = pretext.encode_exemplars(cut.exemplars)
-    logits = [pretext.head(tokens, x, cut.maps.shape[-1]) for x in (sequence, sequence.roll(1, dims=0))]
-    losses = [F.binary_cross_entropy_with_logits(x, cut.maps.float()) for x in logits]
-    return torch.stack([*losses, *(iou(x > 0, cut.maps) for x in logits)]).double().cpu()
+    """(4,): the loss, then what `agreement` says: gap and both overlaps."""
+    context, (exemplars, _) = pretext.encode_context(cut.context), pretext.encode_exemplars(cut.exemplars)
+    logits = pretext.head(context, exemplars, cut.maps.shape[-1])
+    loss = F.binary_cross_entropy_with_logits(logits, cut.maps.float())
+    agreed = agreement(pretext.head, context, exemplars, logits, cut.maps)
+    return torch.stack([loss, *agreed.values()]).double().cpu()
 
 
 def _batches(length: int, size: int) -> list[Tensor]:

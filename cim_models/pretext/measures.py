@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cim_models.backbones.tokens import Tokens
 from cim_models.pretext.exemplars import DRAWS, Rectangles, cover, draw_rectangles
-from cim_models.pretext.model import CIM, Output
-from cim_models.pretext.views import ViewConfig, Views
+from cim_models.pretext.views import ViewConfig
 
 CHUNK = 256
 """Rectangles whose maps are made at once: more do not stay in a processor's caches."""
@@ -56,26 +56,23 @@ def iou(predicted: Tensor, maps: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def agreement(cim: CIM, output: Output, views: Views) -> dict[str, Tensor]:
+def agreement(head: nn.Module, context: Tokens, exemplars: Tensor, logits: Tensor, maps: Tensor) -> dict[str, Tensor]:
     """Compares predictions with the maps, for the right exemplars and for those of the next image.
 
     Args:
-        cim: The model, not wrapped.
-        output: Of its forward pass on `views`.
-        views: A batch of two images or more.
+        head: That predicted them.
+        context: Tokens of two contexts or more.
+        exemplars: (B, K, M, D) tokens.
+        logits: (B, K, S, S), what the head says of these.
+        maps: (B, K, S, S) bool.
 
     Returns:
         Scalars: `gap` (loss with the exemplars of the next image, minus the loss with the right ones; zero: the
         exemplars are ignored), `iou` and `iou_shuffled` at probability 0.5.
     """
-    maps = views.maps
-    shuffled = cim.head(output.context, output.exemplars.roll(1, dims=0), maps.shape[-1])
-    loss, shuffled_loss = (F.binary_cross_entropy_with_logits(x, maps.float()) for x in (output.logits, shuffled))
-    return {
-        "gap": shuffled_loss - loss,
-        "iou": iou(output.logits > 0, maps),
-        "iou_shuffled": iou(shuffled > 0, maps),
-    }
+    shuffled = head(context, exemplars.roll(1, dims=0), maps.shape[-1])
+    loss, shuffled_loss = (F.binary_cross_entropy_with_logits(x, maps.float()) for x in (logits, shuffled))
+    return {"gap": shuffled_loss - loss, "iou": iou(logits > 0, maps), "iou_shuffled": iou(shuffled > 0, maps)}
 
 
 def _entropy(p: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ class HeldOut:
             loss = F.binary_cross_entropy_with_logits(logits.float(), views.maps.float())
             online = encode(cim.online, views.context, cim.pos_embed(views.context)).patches
             cosine = F.cosine_similarity(online.float(), context.patches.float(), dim=-1).mean()
-            output = Output(loss, logits, loss, torch.zeros_like(loss), context, exemplars)
-            parts.append({"loss": loss, **agreement(cim, output, views), "cosine": cosine})
+            agreed = agreement(cim.head, context, exemplars, logits, views.maps)
+            parts.append({"loss": loss, **agreed, "cosine": cosine})
             features.append(context.patches.float().mean(dim=1))
         share = torch.tensor([len(x) for x in features], device=self.device) / sum(map(len, features))
         values = torch.stack([torch.stack([p.float() for p in part.values()]) for part in parts], dim=1)
@@ -181,11 +181,10 @@ def diagnose(cim: CIM, output: Output, views: Views) -> dict[str, Tensor]:
     parts = {} if cim.global_head is None else {"correlation_loss": output.correlation_loss,
                                                 "global_loss": output.global_loss}  # fmt: skip
     few = views.context[:16]
-    cim.online.eval()  # leaves the running statistics of a ResNet alone
-    online = encode(cim.online, few, cim.pos_embed(few)).patches
-    cim.online.train()
+    with evaluation_mode(cim.online):  # leaves the running statistics of a ResNet alone
+        online = encode(cim.online, few, cim.pos_embed(few)).patches
     return {
-        **agreement(cim, output, views),
+        **agreement(cim.head, output.context, output.exemplars, output.logits, views.maps),
         "cosine": F.cosine_similarity(online.float(), output.context.patches[:16].float(), dim=-1).mean(),
         "deviation": deviation(output.context.patches.float().mean(dim=1)),
         **parts,

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,10 +91,12 @@ def some_views(images: int = 6, side: int = 32):
 def test_a_model_that_knows_the_maps_has_a_gap():
     """Exemplar tokens that hold their own map, and a head that reads it off."""
     views = some_views()
-    knows = SimpleNamespace(head=lambda context, tokens, size: 6 * tokens.unflatten(-1, (size, size)).squeeze(2))
+
+    def knows(context, tokens, size):
+        return 6 * tokens.unflatten(-1, (size, size)).squeeze(2)
+
     tokens = (2.0 * views.maps - 1).flatten(2).unsqueeze(2)
-    output = SimpleNamespace(context=None, exemplars=tokens, logits=knows.head(None, tokens, 32))
-    numbers = agreement(knows, output, views)
+    numbers = agreement(knows, None, tokens, knows(None, tokens, 32), views.maps)
     assert numbers["iou"] == 1
     maps = views.maps.numpy()
     rolled = np.concatenate([maps[-1:], maps[:-1]])

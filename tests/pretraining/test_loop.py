@@ -284,7 +284,8 @@ def gap_on(config) -> float:
     for batch in loader(pictures, GlobalBatches(len(pictures), 40, seed=0, total_steps=len(pictures) // 40), 0):
         views = make_views(batch["source"], batch["uniforms"], config.views)
         with torch.no_grad():
-            gaps.append(agreement(cim, cim(*views), views)["gap"])
+            output = cim(*views)
+            gaps.append(agreement(cim.head, output.context, output.exemplars, output.logits, views.maps)["gap"])
     return torch.stack(gaps).mean().item()
 
 
@@ -472,7 +473,7 @@ def test_precision(photographs, configure, out, monkeypatch):
         return diagnose(cim, output, views)
 
     monkeypatch.setattr(loop, "diagnose", spy)
-    monkeypatch.setattr(loop, "fast_bf16", lambda: False)
+    monkeypatch.setattr("cim_models.precision.fast_bf16", lambda: False)
     for precision in ("auto", "fp32", "bf16"):
         shutil.rmtree(out, ignore_errors=True)
         pretrain(configure(photographs(8, 64), out, precision=precision, optimiser__epochs=0.25,
