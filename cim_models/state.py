@@ -1,6 +1,7 @@
-"""States of training: tensors and plain data as one file, whole or not there, and read with its checksums."""
+"""States of training: tensors and plain data as one file, whole or not there, read with its checksums, and compared."""
 
 import zipfile
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,23 @@ def load_state(path: Path, of: str) -> dict[str, Any]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise CheckpointError(f"{path}: not a checkpoint of {of}, or damaged: {error}") from error
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignored: Container[str] = ()) -> str:
+    """What differs between the settings in a checkpoint and those of now, both as `flat` gives them; empty if nothing.
+
+    Args:
+        before: Of the checkpoint.
+        now: Of the run that goes on.
+        ignored: Names that may differ.
+    """
+    names = [name for name in sorted({*before, *now}) if name not in ignored and before.get(name) != now.get(name)]
+    return "; ".join(f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for" for name in names)

@@ -15,6 +15,7 @@ from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import ConfigError, DataError
 from cim_models.hub.load import create_transform
 from cim_models.images import read_image
+from cim_models.precision import autocast
 from cim_models.processes import ALONE, Processes
 from cim_models.workers import CORES, one_thread, usable_workers
 
@@ -148,7 +149,7 @@ def _features(
     for indices, batch, unreadable in loader:
         features = torch.empty(0)
         if batch is not None:
-            with torch.no_grad(), torch.autocast(parameter.device.type, torch.bfloat16, precision == "bf16"):
+            with torch.no_grad(), autocast(parameter.device, precision):
                 features = pool(model, batch.to(parameter.device, parameter.dtype), pooling).float().cpu()
             broken = ~features.flatten(1).isfinite().all(dim=1)
             if broken.any():

@@ -17,7 +17,7 @@ from cim_models.files import replacing
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.pretraining.sharding import spread, whole
-from cim_models.state import load_state, save_state
+from cim_models.state import differences, flat, load_state, save_state
 
 NOT_COMPARED = (
     "out", "resume", "log_every", "save_every", "save_minutes", "keep", "tensorboard", "data.workers", "data.path",
@@ -129,20 +129,15 @@ def load(
         saved, step, total = state["config"], state["step"], state.get("steps", steps)
     except KeyError as error:
         raise CheckpointError(f"{path}: not a checkpoint of a pretraining run, or damaged: no {error}") from error
-    now = _flat(to_dict(config))
-    before = {**_flat(to_dict(PretrainConfig())), **BEFORE, **_flat(saved)}  # a newer field was unset
+    now = flat(to_dict(config))
+    before = {**flat(to_dict(PretrainConfig())), **BEFORE, **flat(saved)}  # a newer field was unset
     for values in (now, before):
         values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
     if order is not None and state.get("order") == list(order):
         for name in ("optimiser.batch_size", "optimiser.accumulation"):  # another split of the same steps
             before[name] = now[name]
-    differences = [
-        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
-        for name in sorted(now.keys() | before.keys())
-        if name not in NOT_COMPARED and now.get(name) != before.get(name)
-    ]
-    if differences:
-        raise CheckpointError(f"{path} is of another configuration: {'; '.join(differences)}")
+    if different := differences(before, now, ignored=NOT_COMPARED):
+        raise CheckpointError(f"{path} is of another configuration: {different}")
     if total != steps:
         raise CheckpointError(
             f"{path} is of a run of {total} steps, now there would be {steps}: the images or the number of processes "
@@ -209,10 +204,3 @@ def export(directory: Path, model: dict[str, Tensor], config: PretrainConfig, st
             continue
         with replacing(directory / f"{name}.safetensors", CheckpointError) as file:
             save_file(tensors, file, metadata=metadata)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

@@ -15,10 +15,10 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from cim_models import precision
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.files import replacing
 from cim_models.plots import correlation_sheet
-from cim_models.precision import fast_bf16
 from cim_models.pretext import views as views_module
 from cim_models.pretext.measures import location_prior
 from cim_models.pretext.views import Views, denormalise, make_views
@@ -79,8 +79,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
         cpu=without_gpus(), mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
-    autocast = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16)
+    autocast = precision.autocast(accelerator.device, config.precision)
     rank, processes, optim = accelerator.process_index, accelerator.num_processes, config.optimiser
     records = open_records(config.data.path)
     trained_on, held_out = hold_out(len(records), config.diagnostics.held_out, config.seed)
