@@ -41,14 +41,31 @@ def find_images(source: str | Path) -> list[Path]:
     elif source.suffix.lower() in EXTENSIONS and source.is_file():
         return [source]
     elif source.is_file():
-        lines = _lines(source)
-        paths = [source.parent / line for line in lines if line and not line.startswith("#")]
+        paths = [source.parent / line for _, line in read_list(source)]
         wanted = "this list names no image; write one path per line, relative to the list's folder"
     else:
         raise DataError(f"{source}: no such file or folder; give a folder of images, an image or a text file of paths")
     if not paths:
         raise DataError(f"{source}: {wanted}")
     return paths
+
+
+def read_list(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file of paths, which may be in any encoding, and their numbers from 1 on.
+
+    They are stripped; blank ones and those that start with # are left out.
+
+    Raises:
+        DataError: If it cannot be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read this list of images, {error.strerror}") from error
+    if b"\0" in content:
+        raise DataError(f"{path}: neither a text file of paths nor a file with an image's suffix")
+    lines = [line.strip() for line in content.decode("utf-8-sig", "surrogateescape").split("\n")]
+    return [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
 
 
 def read_image(path: str | Path, min_size: int | None = None, content: bytes | None = None) -> Image.Image:
@@ -116,17 +133,6 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def _skip_folder(error: OSError) -> None:
     logger.warning("%s: folder skipped, %s", error.filename, error.strerror)
-
-
-def _lines(path: Path) -> list[str]:
-    """Returns the stripped lines of a text file of paths, which may hold names in any encoding."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read this list of images, {error.strerror}") from error
-    if b"\0" in content:
-        raise DataError(f"{path}: neither a text file of paths nor a file with an image's suffix")
-    return [line.strip() for line in content.decode("utf-8-sig", "surrogateescape").split("\n")]
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -1,7 +1,7 @@
 """Labelled images, as folders of classes or as a file of labels, and parts of them."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cim_models.errors import DataError
-from cim_models.images import EXTENSIONS, find_images
+from cim_models.images import EXTENSIONS, find_images, read_list
 
 
 @dataclass
@@ -152,9 +152,7 @@ def _labels_file(source: Path) -> dict[str, list[Path]]:
     """{class: images} of a file of labels."""
     found: dict[str, list[Path]] = {}
     labels: dict[Path, str] = {}
-    for number, line in enumerate(_lines(source), start=1):
-        if not line or line.startswith("#"):
-            continue
+    for number, line in read_list(source):
         name, separator, label = line.rpartition("\t" if "\t" in line else ",")
         name, label, where = name.strip(), label.strip(), f"{source}, line {number}"
         if not separator or not name or not label:
@@ -169,16 +167,6 @@ def _labels_file(source: Path) -> dict[str, list[Path]]:
     if not found:
         raise DataError(f"{source}: this file lists no image; write a line `path,class` for each")
     return found
-
-
-def _lines(source: Path) -> Iterable[str]:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source}: cannot read this file of labels, {error.strerror}") from error
-    if b"\0" in content:
-        raise DataError(f"{source}: neither a folder nor a text file of labels")
-    return (line.strip() for line in content.decode("utf-8-sig", "surrogateescape").split("\n"))
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -99,7 +99,7 @@ def test_what_is_wrong_with_a_folder_is_said(splits):
         ("{a},\n", "labels.txt, line 1: .* is not `path<TAB>class`"),
         ("{a},even\n", "labels.txt: 1 class; accuracy needs at least two"),
         ("# nothing\n", "labels.txt: this file lists no image"),
-        ("{a}\0even", "labels.txt: neither a folder nor a text file"),
+        ("{a}\0even", "labels.txt: neither a text file of paths nor"),
     ],
 )
 def test_what_is_wrong_with_a_file_of_labels_is_said(splits, text, message):
