@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "list": ("cim_models.hub.manifest:table", "released weights"),
     "info": ("cim_models.hub.manifest:info", "everything about one release"),
     "fetch": ("cim_models.hub.fetch:fetch", "make a folder of a release, for machines without a network"),
-    "verify": ("cim_models.cli:verify", "check released weights against what is recorded of them"),
+    "verify": ("cim_models.hub.verify:verify_releases", "check released weights against what is recorded of them"),
     "embed": ("cim_models.evaluation.embed:embed", "write the features of a folder of images"),
     "locate": ("cim_models.evaluation.locate:locate", "where in a picture an exemplar lies"),
     "pretrain": ("cim_models.pretraining.loop:pretrain", "pretrain an encoder on a folder of images"),
@@ -202,19 +202,6 @@ def _with_values(arguments: list[str]) -> list[str]:
     pairs = zip(arguments, following, strict=True)
     bare = [name == "--resume" and value not in ("auto", "True", "False") for name, value in pairs]
     return [word for name, add in zip(arguments, bare, strict=True) for word in ([name, "True"] if add else [name])]
-
-
-def verify(names: tuple[str, ...] = (), /) -> list[str]:
-    """Computes again what is recorded of released weights: sizes, checksums, shapes, golden outputs.
-
-    Args:
-        names: Ids or architectures; by default all that is released.
-    """
-    from cim_models.hub.manifest import load_manifest
-    from cim_models.hub.verify import verify
-
-    chosen = names or tuple(load_manifest().entries)
-    return [f"{name}  {len(verify(name)['files'])} files, all as recorded" for name in chosen]
 
 
 def _help(names: Sequence[str]) -> str:

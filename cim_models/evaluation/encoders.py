@@ -14,9 +14,9 @@ from torch import nn
 from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.evaluation.checkpoints import load_checkpoint
-from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.names import parse_name
+from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.provenance import seen_by
 from cim_models.hub.store import Weights, resolve
 from cim_models.pretext.model import CIM
@@ -56,11 +56,10 @@ def open_encoder(
     if weights is not None and random_init:
         raise ConfigError("weights and random_init contradict each other: give one of them")
     place = _device(device)
-    asked = parse_name(model, ARCHITECTURES)
-    name = asked.architecture if asked.source == "registry" else ""
+    of_timm = _is_of_timm(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name not in ARCHITECTURES and timm.is_model(name):
+        if of_timm:
             encoder = _from_timm(model, pretrained=not random_init and weights is None)
             if weights is not None:
                 load_checkpoint(encoder, weights, model)
@@ -123,6 +122,12 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
+def _is_of_timm(model: str) -> bool:
+    """Whether a name is that of a model of timm, not of one of ours."""
+    asked = parse_name(model, ARCHITECTURES)
+    return asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture)
+
+
 def _from_timm(name: str, pretrained: bool) -> nn.Module:
     """A model of timm, and any trouble with its download as one kind of error."""
     try:
@@ -159,8 +164,7 @@ def _resize(encoder: Any, size: int) -> None:
 
 def find_weights(model: str, weights: str | None = None) -> Weights | None:
     """The verified weights behind a name, or its architecture alone where none are released; None for timm's models."""
-    asked = parse_name(model, ARCHITECTURES)
-    if asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture):
+    if _is_of_timm(model):
         return None
     return _described(model) if weights is None else resolve(model, weights)
 

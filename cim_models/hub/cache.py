@@ -66,6 +66,11 @@ class Cache:
         with suppress(WeightsError), replacing(self.writable() / name, WeightsError) as path:
             path.write_bytes(content)
 
+    def lacks(self, what: str) -> WeightsError:
+        """Says that a file is not here, and may not be asked for."""
+        todo = "load it once online, or fetch it elsewhere (`cim fetch`) and set CIM_MODELS_MIRROR"
+        return WeightsError(f"{what} is not in {self.folders[0]}, and requests are forbidden: {todo}")
+
     def writable(self) -> Path:
         """The folder to write to, which exists.
 

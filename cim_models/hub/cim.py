@@ -9,40 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm.models import DefaultCfg, PretrainedCfg, is_model, model_entrypoint, register_model
+from timm.models import DefaultCfg, is_model, model_entrypoint, register_model
 from torch import nn
 
 from cim_models.backbones import ARCHITECTURES
-from cim_models.backbones.resnet import RESNET_CFG, RESNETS
-from cim_models.backbones.vit import VIT_CFG
 from cim_models.hub.entry import Entry
 from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights
 
 __all__: list[str] = []  # register_model adds the names
-
-
-def pretrained_cfg(weights: Weights) -> PretrainedCfg:
-    """timm's description of weights: where they are, preprocessing, classes, licence."""
-    entry, (file, *_) = weights.entry, weights.files.get("backbone", ("",))
-    cfg = _cfg(weights.architecture, file=str(file) or None)
-    if weights.preprocessing is not None:
-        cfg |= vars(weights.preprocessing)
-    elif weights.model_args and "img_size" in weights.model_args:
-        size = weights.model_args["img_size"]
-        cfg["input_size"] = (3, *((size, size) if isinstance(size, int) else size))
-    if entry is not None:
-        hub = next((s.removeprefix("hf-hub:") for s in entry.sources if s.startswith("hf-hub:")), None)
-        cfg |= dict(tag=entry.tag, num_classes=entry.num_classes, license=entry.licence, description=entry.summary)
-        cfg |= dict(hf_hub_id=hub)
-    if weights.labels:
-        cfg["label_names"] = weights.labels
-    return PretrainedCfg(**cfg)
-
-
-def _cfg(name: str, **values: Any) -> dict[str, Any]:
-    """What timm wants to know of an architecture without weights."""
-    return dict(architecture=name, **(RESNET_CFG if name in RESNETS else VIT_CFG), **values)
 
 
 def _released(entry: Entry, root: Path) -> Weights:
@@ -50,14 +26,14 @@ def _released(entry: Entry, root: Path) -> Weights:
     files = {}
     if "repository" in entry.sources:
         files["backbone"] = tuple(root / file.path for file in entry.files if file.part == "backbone")
-    return Weights(entry.id, entry.architecture, files, entry.model_args, entry.preprocessing, entry.pretext, entry)
+    return Weights.of(entry, files)
 
 
 def _default_cfg(name: str, manifest: Manifest) -> DefaultCfg:
     """The tags of an architecture, its default first."""
     entries = [e for e in manifest.entries.values() if e.architecture == name and "backbone" in e.parts]
     if not entries:
-        return DefaultCfg(deque([""]), {"": PretrainedCfg(**_cfg(name))})
+        return DefaultCfg(deque([""]), {"": pretrained_cfg(Weights(name, name, {}))})
     first = manifest.default(name)
     tags = deque([first.tag, *(entry.tag for entry in entries if entry is not first)])
     cfgs = {entry.tag: pretrained_cfg(_released(entry, manifest.root)) for entry in entries}

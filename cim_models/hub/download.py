@@ -9,7 +9,7 @@ from cim_models.hub.access import Access
 from cim_models.hub.cache import Cache, Damaged
 from cim_models.hub.entry import WeightFile
 from cim_models.hub.integrity import check_file, side_by_side
-from cim_models.hub.remote import AWAY, ONCE, Source, hub_file
+from cim_models.hub.remote import AWAY, Source, hub_file
 from cim_models.hub.waiting import IDLE, TOTAL, Patience, Unreachable
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,8 @@ class Downloads:
         return self.cache.find(file) or self._of_the_hub_client(file)
 
     def _download(self, file: WeightFile) -> Path:
-        name = Path(file.path).name
         if self.access.offline:
-            raise WeightsError(f"{name} is not in {self.cache.folders[0]}, and requests are forbidden: {ONCE}")
+            raise self.cache.lacks(Path(file.path).name)
         complaints = []
         for source in self.sources:
             try:

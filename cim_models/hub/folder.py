@@ -19,9 +19,9 @@ from cim_models.backbones import VisionTransformer, build
 from cim_models.backbones.vit import VITS
 from cim_models.errors import ConfigError
 from cim_models.hub.card import render_card
-from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
+from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights
 from cim_models.hub.verify import golden_output
 from cim_models.pretext.views import DEVIATION, MEAN
@@ -164,8 +164,7 @@ def write_config(folder: Path, entry: Entry, labels: Sequence[str] = ()) -> None
                 fc_norm=not isinstance(model.fc_norm, nn.Identity),
                 dynamic_img_size=model.dynamic_img_size,
             )
-        described = Weights(entry.id, entry.architecture, {}, preprocessing=entry.preprocessing, entry=entry)
-        cfg = pretrained_cfg(described).to_dict(remove_source=True)
+        cfg = pretrained_cfg(Weights.of(entry)).to_dict(remove_source=True)
         config = {
             "architecture": name,
             "num_classes": entry.num_classes,

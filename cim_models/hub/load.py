@@ -21,10 +21,10 @@ from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub import fit
 from cim_models.hub.access import Access
-from cim_models.hub.cim import pretrained_cfg
 from cim_models.hub.entry import Part
 from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.names import Name, close_to, parse_name
+from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights, resolve
 from cim_models.pretext.model import CIM, PretextConfig
 
@@ -94,8 +94,7 @@ def create_model(
     else:
         if asked.tag:
             entry = (manifest or load_manifest()).find(asked.id)
-            described = Weights(entry.id, entry.architecture, {}, preprocessing=entry.preprocessing, entry=entry)
-            kwargs = {"pretrained_cfg": pretrained_cfg(described), **entry.model_args, **kwargs}
+            kwargs = {"pretrained_cfg": pretrained_cfg(Weights.of(entry)), **entry.model_args, **kwargs}
         if num_classes is not None:
             kwargs["num_classes"] = num_classes
         model = build(asked.architecture, **kwargs).to(dtype=dtype)

@@ -13,14 +13,7 @@ import yaml
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.files import replacing
-from cim_models.hub.entry import Data as Data
 from cim_models.hub.entry import Entry, Part, read_entry, to_dict
-from cim_models.hub.entry import Golden as Golden
-from cim_models.hub.entry import Metric as Metric
-from cim_models.hub.entry import Preprocessing as Preprocessing
-from cim_models.hub.entry import Pretext as Pretext
-from cim_models.hub.entry import WeightFile as WeightFile
-from cim_models.hub.entry import key_digest as key_digest
 from cim_models.hub.names import close_to, parse_name
 
 NAME = "weights_manifest.json"

@@ -24,7 +24,6 @@ COMMIT = re.compile("[0-9a-f]{40}")
 SMALL = 10_000_000
 """Bytes: more than any config.json or index has."""
 
-ONCE = "load it once online, or fetch it elsewhere (`cim fetch`) and set CIM_MODELS_MIRROR"
 AWAY = "check the network and HF_ENDPOINT, or fetch it elsewhere (`cim fetch`) and set CIM_MODELS_MIRROR"
 
 logger = logging.getLogger(__name__)
@@ -154,7 +153,7 @@ def commit_of(repository: str, revision: str, access: Access, cache: Cache, pati
         cache.write(known, str(info.sha).encode())
         return str(info.sha)
     if not COMMIT.fullmatch(last):
-        raise WeightsError(f"{where} is not in {cache.folders[0]}, and requests are forbidden: {ONCE}")
+        raise cache.lacks(where)
     return last
 
 
@@ -174,7 +173,7 @@ def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> b
     if path is not None and digest_is(path.read_bytes(), path.resolve().name):
         return path.read_bytes()
     if source.access.offline:
-        raise WeightsError(f"{file} of {source.name} is not in {cache.folders[0]}, and requests are forbidden: {ONCE}")
+        raise cache.lacks(f"{file} of {source.name}")
 
     headers = source.preflight(file, patience)
     digest = _etag(headers)
@@ -214,7 +213,7 @@ def described(source: Source, file: str, cache: Cache, patience: Patience) -> We
     if record is not None:
         return record
     if source.access.offline:
-        raise WeightsError(f"{file} of {source.name} is not in {cache.folders[0]}, and requests are forbidden: {ONCE}")
+        raise cache.lacks(f"{file} of {source.name}")
     headers = source.preflight(file, patience)
     digest = _etag(headers)
     size = headers.get("x-linked-size") or headers.get("content-length") or ""

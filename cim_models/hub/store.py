@@ -62,6 +62,22 @@ class Weights:
     ours: bool = False
     """Verified files of the package or a mirror, which may be mapped; anybody may write to others at any time."""
 
+    @classmethod
+    def of(
+        cls, entry: Entry, files: Mapping[str, tuple[Path, ...]] | None = None, *, name: str = "", ours: bool = False
+    ) -> "Weights":
+        """What is released as an entry, with those of its files that are here; other arguments as the fields."""
+        return cls(
+            name=name or entry.id,
+            architecture=entry.architecture,
+            files=files or {},
+            model_args=entry.model_args,
+            preprocessing=entry.preprocessing,
+            pretext=entry.pretext,
+            entry=entry,
+            ours=ours,
+        )
+
 
 def resolve(
     name: str | Path,
@@ -223,26 +239,13 @@ def from_path(path: Path, architecture: str = "") -> Weights:
     )
 
 
-def _from_entry(entry: Entry, files: Mapping[str, tuple[Path, ...]], ours: bool, name: str = "") -> Weights:
-    return Weights(
-        name=name or entry.id,
-        architecture=entry.architecture,
-        files=files,
-        model_args=entry.model_args,
-        preprocessing=entry.preprocessing,
-        pretext=entry.pretext,
-        entry=entry,
-        ours=ours,
-    )
-
-
 def _from_manifest(given: Name, entry: Entry, root: Path, access: Access) -> Weights:
     """A released entry, or what another revision of its repository on the Hub holds."""
     source = next((source for source in entry.sources if source.startswith("hf-hub:")), "")
     repository, _, commit = source.removeprefix("hf-hub:").partition("@")
     if given.revision in ("", commit):
         files = released_files(entry, root, access)
-        return replace(_from_entry(entry, files, ours=True), labels=_labels(entry, root, source, access))
+        return replace(Weights.of(entry, files, ours=True), labels=_labels(entry, root, source, access))
     if not source:
         raise WeightsError(
             f"{given.id}@{given.revision}: {entry.id} is not on the Hub, so it has no revisions: leave it out"
@@ -343,7 +346,7 @@ def _from_config(
         except ConfigError as error:
             raise WeightsError(str(error)) from error
         files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
-        return replace(_from_entry(entry, files, ours=ours, name=name), labels=labels)
+        return replace(Weights.of(entry, files, name=name, ours=ours), labels=labels)
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
     cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}

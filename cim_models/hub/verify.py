@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.entry import Golden, Part, key_digest
 from cim_models.hub.integrity import check_file
@@ -69,6 +70,19 @@ def verify(id: str, manifest: Manifest | None = None) -> dict[str, Any]:
     return computed | {"files": [path for paths in files.values() for path in paths]}
 
 
+def verify_releases(names: tuple[str, ...] = (), /) -> list[str]:
+    """Computes again what is recorded of released weights: sizes, checksums, shapes, golden outputs.
+
+    Args:
+        names: Ids or architectures; by default all that is released.
+
+    Raises:
+        WeightsError: As `verify`.
+    """
+    chosen = names or tuple(load_manifest().entries)
+    return [f"{name}  {len(verify(name)['files'])} files, all as recorded" for name in chosen]
+
+
 @torch.no_grad()
 def golden_output(model: nn.Module, recipe: str = "waves", count: int = 16) -> list[float]:
     """What a model says of a computed input: numbers that any machine can compute again.
@@ -86,15 +100,13 @@ def golden_output(model: nn.Module, recipe: str = "waves", count: int = 16) -> l
         raise ConfigError(f"no golden input is called {recipe!r}: there is 'waves'")
     cfg: Any = (model.online if isinstance(model, CIM) else model).pretrained_cfg
     image = _waves(*cfg["input_size"]).to(next(model.parameters()))
-    training = model.training
-    model.eval()
-    if isinstance(model, CIM):
-        height, width = image.shape[-2:]
-        exemplar = image[..., height // 4 : height - height // 4, width // 4 : width - width // 4]
-        output = model.locate(image, exemplar[:, None])
-    else:
-        output = model(image)
-    model.train(training)
+    with evaluation_mode(model):
+        if isinstance(model, CIM):
+            height, width = image.shape[-2:]
+            exemplar = image[..., height // 4 : height - height // 4, width // 4 : width - width // 4]
+            output = model.locate(image, exemplar[:, None])
+        else:
+            output = model(image)
     flat = output.flatten().double().cpu()
     return flat[torch.linspace(0, len(flat) - 1, count).long()].tolist()
 
