@@ -27,7 +27,7 @@ from cim_models.evaluation.features import middle
 from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
 from cim_models.evaluation.splits import Split, check_same_classes, hold_out, read_split
-from cim_models.evaluation.training import Task, Trained, check_new, fit, layer_groups
+from cim_models.evaluation.training import Task, Trained, check_new, fit, layer_groups, settings_of
 from cim_models.hub.card import NOT_STATED
 from cim_models.hub.entry import Data, Entry, Metric, Preprocessing
 from cim_models.hub.folder import BLANK, staging, write_folder
@@ -146,15 +146,9 @@ def finetune(
         model=described,
         data=data,
         settings={
-            **{name: value for name, value in asdict(config).items() if name != "workers"},
+            **settings_of(config, plan, len(used), len(held)),
             "from_scratch": from_scratch,
-            "optimiser": "AdamW",
-            "training_images": len(used),
-            "held_out_images": len(held),
-            "images_per_step": plan.batch,
-            "steps": plan.steps,
             "warmup_steps": plan.warmup,
-            "peak_lr": plan.lr,
         },
         result={
             "metric": "accuracy",
@@ -162,14 +156,7 @@ def finetune(
             "headline": scores["top-1"],
             "chance": 1 / len(classes),
             "loss": accuracy["loss"],
-            "images_seen": plan.steps * plan.batch,
-            "epochs": plan.steps / plan.steps_per_epoch,
-            "best_epoch": trained.epoch or plan.steps / plan.steps_per_epoch,
-            "history": [
-                {"epoch": line["epoch"], "images_seen": line["images_seen"], "score": line["held_out_top-1"]}
-                for line in trained.history
-                if held
-            ],
+            **trained.course(plan, "top-1"),
         },
         command=command,
     )

@@ -21,7 +21,7 @@ from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
 from cim_models.evaluation.segmenters import Head, build_segmenter, design_of, save_segmenter
 from cim_models.evaluation.splits import hold_out
-from cim_models.evaluation.training import Task, check_new, fit, layer_groups
+from cim_models.evaluation.training import Task, check_new, fit, layer_groups, settings_of
 from cim_models.processes import without_gpus
 from cim_models.workers import one_thread, usable_workers
 
@@ -133,15 +133,9 @@ def segment(
         model=described,
         data=sources,
         settings={
-            **{name: value for name, value in asdict(config).items() if name != "workers"},
+            **settings_of(config, plan, len(used), len(held)),
             "crop": list(crop),
             "head": head,
-            "optimiser": "AdamW",
-            "training_images": len(used),
-            "held_out_images": len(held),
-            "images_per_step": plan.batch,
-            "steps": plan.steps,
-            "peak_lr": plan.lr,
         },
         result={
             "metric": "mIoU",
@@ -151,14 +145,7 @@ def segment(
             "pixel_accuracy": float(confusion.diagonal().sum() / confusion.sum()),
             "iou": {name: None if iou.isnan() else float(iou) for name, iou in zip(classes, ious, strict=True)},
             "loss": loss,
-            "images_seen": plan.steps * plan.batch,
-            "epochs": plan.steps / plan.steps_per_epoch,
-            "best_epoch": trained.epoch or plan.steps / plan.steps_per_epoch,
-            "history": [
-                {"epoch": line["epoch"], "images_seen": line["images_seen"], "score": line["held_out_mIoU"]}
-                for line in trained.history
-                if held
-            ],
+            **trained.course(plan, "mIoU"),
         },
         command=command,
     )

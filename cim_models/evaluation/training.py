@@ -19,13 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.evaluation.batches import Example, Steps, collate, step_seed
 from cim_models.evaluation.recipe import Plan, TrainConfig
 from cim_models.files import replacing
-from cim_models.precision import fast_bf16
+from cim_models.precision import autocast
 from cim_models.processes import none_is_lost
-from cim_models.state import load_state, save_state
+from cim_models.state import differences, flat, load_state, save_state
 from cim_models.workers import one_thread, usable_workers
 
 STATE, LOG = "last.pt", "training.jsonl"
@@ -74,6 +75,33 @@ class Trained:
     unreadable: list[str] = field(default_factory=list)
     """Training images that were replaced by others."""
 
+    def course(self, plan: Plan, metric: str) -> dict[str, Any]:
+        """For the result of a report: how long it took, and what was measured on the way."""
+        epochs, score = plan.steps / plan.steps_per_epoch, f"held_out_{metric}"
+        return {
+            "images_seen": plan.steps * plan.batch,
+            "epochs": epochs,
+            "best_epoch": self.epoch or epochs,
+            "history": [
+                {"epoch": line["epoch"], "images_seen": line["images_seen"], "score": line[score]}
+                for line in self.history
+                if score in line
+            ],
+        }
+
+
+def settings_of(config: TrainConfig, plan: Plan, used: int, held: int) -> dict[str, Any]:
+    """For the settings of a report: the recipe, and what became of it with so many images to train on and held out."""
+    return {
+        **{name: value for name, value in asdict(config).items() if name != "workers"},
+        "optimiser": "AdamW",
+        "training_images": used,
+        "held_out_images": held,
+        "images_per_step": plan.batch,
+        "steps": plan.steps,
+        "peak_lr": plan.lr,
+    }
+
 
 def fit(
     task: Task, config: TrainConfig, plan: Plan, accelerator: Accelerator, out: Path, run: dict[str, Any], resume: bool
@@ -112,8 +140,6 @@ def fit(
         start, score, trained = _resume(out / STATE, run, task.model, average, optimiser)
     model, optimiser = accelerator.prepare(task.model, optimiser)
     trainable = [parameter for group in task.groups for parameter in group["params"]]
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16())
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     loader = DataLoader(
         task.examples,
         batch_sampler=Steps(task.images, plan, config.seed, start, rank, processes),
@@ -135,14 +161,7 @@ def fit(
             failed += unreadable
             with step_seed(config.seed, step, rank):
                 inputs, targets = task.augment(inputs.to(device), targets.to(device))
-                parts = list(zip(inputs.split(config.device_batch), targets.split(config.device_batch), strict=True))
-                for part, (some, wanted) in enumerate(parts):
-                    last = part == len(parts) - 1
-                    with contextlib.nullcontext() if last else accelerator.no_sync(model), autocast, _attention(device):
-                        output = model(some)
-                    loss = task.loss(output.float(), wanted) * len(some) / len(inputs)
-                    accelerator.backward(loss)
-                    losses.append(loss.detach())
+                losses += _backward(model, task.loss, inputs, targets, config, accelerator)
             if config.clip is not None:
                 accelerator.clip_grad_norm_(trainable, config.clip)
             optimiser.step()
@@ -193,6 +212,28 @@ def check_new(out: Path, resume: bool) -> None:
         raise CheckpointError(f"{out / STATE}: no checkpoint to resume; leave --resume out to start a run here")
 
 
+def _backward(
+    model: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> list[Tensor]:
+    """Adds up the gradient of a step over parts that fit the device; the share that each has in the loss."""
+    device = accelerator.device
+    losses: list[Tensor] = []
+    parts = list(zip(inputs.split(config.device_batch), targets.split(config.device_batch), strict=True))
+    for number, (some, wanted) in enumerate(parts, start=1):
+        together = contextlib.nullcontext() if number == len(parts) else accelerator.no_sync(model)
+        with together, autocast(device, config.precision), _attention(device):
+            output = model(some)
+        loss = loss_of(output.float(), wanted) * len(some) / len(inputs)
+        accelerator.backward(loss)
+        losses.append(loss.detach())
+    return losses
+
+
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The attention that is fastest forward and backward: on a CPU the plain one."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
@@ -201,13 +242,8 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
 def _measured(task: Task, model: nn.Module) -> dict[str, float]:
     if task.measure is None:
         return {}
-    training = task.model.training
-    model.eval()
-    with torch.no_grad():
-        numbers = task.measure(model)
-    if model is task.model:
-        model.train(training)
-    return numbers
+    with evaluation_mode(model), torch.no_grad():
+        return task.measure(model)
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:
@@ -248,14 +284,9 @@ def _resume(
 ) -> tuple[int, tuple[float, float], Trained]:
     """Restores a run; CheckpointError naming each difference if the checkpoint is of another one."""
     state = load_state(path, "a fine-tuning run")
-    before, now = _flat(state.get("run")), _flat(json.loads(json.dumps(run)))
-    differences = [
-        f"{name}: {before.get(name)!r} in the checkpoint, {now.get(name)!r} asked for"
-        for name in sorted(before.keys() | now)
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise CheckpointError(f"{path} is of another run: {'; '.join(differences)}")
+    before, now = (flat(json.loads(json.dumps(values))) for values in (state.get("run", {}), run))
+    if different := differences(before, now):
+        raise CheckpointError(f"{path} is of another run: {different}")
     try:
         model.load_state_dict(state["model"])
         if average is not None:
@@ -266,9 +297,3 @@ def _resume(
         return state["step"], score, trained
     except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model of its own run: {error}") from error
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): json.loads(json.dumps(values))}
-    return {key: value for name, item in values.items() for key, value in _flat(item, f"{prefix}{name}.").items()}
