@@ -1,5 +1,6 @@
 """The configuration of a run: one dataclass per concern, every default written once; recipes override."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -209,10 +210,11 @@ def recipes() -> list[str]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain data, tuples as lists."""
-    return {
-        key: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for key, value in ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config))
-    }
+
+    def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+
+    return dataclasses.asdict(config, dict_factory=plain)
 
 
 def from_dict(kind: type, values: Any, where: str) -> Any:
@@ -231,34 +233,26 @@ def from_dict(kind: type, values: Any, where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Plain data → the type that a field is declared with."""
     if dataclasses.is_dataclass(kind):
         return from_dict(typing.cast(type, kind), value, where)
     origin, options = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        fits = value in options
-    elif origin is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(options):
-            return tuple(_convert(option, item, where) for option, item in zip(options, value, strict=True))
-        fits = False
-    elif type(None) in options:
+    if origin is Literal and value in options:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(options):
+        return tuple(_convert(option, item, where) for option, item in zip(options, value, strict=True))
+    if type(None) in options:
         return None if value is None else _convert(options[0], value, where)
-    elif origin in (typing.Union, types.UnionType):
+    if origin in (typing.Union, types.UnionType):
         for option in options:
-            try:
+            with contextlib.suppress(ConfigError):
                 return _convert(option, value, where)
-            except ConfigError:
-                continue
-        fits = False
-    elif kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as a string
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as a string
             return float(value)
-        except ValueError:
-            fits = False
-    else:
-        fits = type(value) is kind
-    if not fits:
-        raise ConfigError(f"{where}: {value!r} is not {_name(kind)}")
-    return value
+    if type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: {value!r} is not {_name(kind)}")
 
 
 def _name(kind: Any) -> str:
