@@ -1,6 +1,6 @@
-"""What starting costs: `import cim_models`, `cim --help` and `cim list`, beside an empty Python process.
+"""What importing costs: `import cim_models`, `cim --help` and `cim list`, beside an empty Python process.
 
-    python benchmarks/startup.py
+    python benchmarks/imports.py
 
 All in one run: the rows alternate, so that a busy machine slows them alike. The last row is the import alone, as
 `python -X importtime` counts it, without the start of the interpreter.
@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+from table import Table, parser
 
 RUNS = 10
 CLI = "import sys; sys.argv = ['cim', '{}']; from cim_models.cli import main; sys.exit(main())"
@@ -38,19 +40,20 @@ def import_seconds() -> float:
 
 def main() -> None:
     """Prints the table."""
+    options = parser(__doc__).parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in (*PROCESSES, ALONE)}
     for _ in range(RUNS + 1):
         for name, code in PROCESSES.items():
             seconds[name].append(process_seconds(code))
         seconds[ALONE].append(import_seconds())
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first fills the caches
-    print(f"{f'median of {RUNS}':20}{'ms':>8}{'ratio':>8}{'bar, ms':>10}")
+    table = Table("Imports", {"ms": ".1f", "ratio": ".2f", "bar, ms": ".0f"}, [f"medians of {RUNS} processes each"])
     for name, median in medians.items():
-        bar = f"{BARS[name] * 1e3:.0f}" if name in BARS else ""
-        print(f"{name:20}{median * 1e3:8.1f}{median / medians[EMPTY]:8.2f}{bar:>10}")
+        table.rows[name] = [1e3 * median, median / medians[EMPTY], 1e3 * BARS[name] if name in BARS else None]
     code = f"{IMPORT}, sys; print('loads' if 'torch' in sys.modules else 'does not load')"
     loads = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
-    print(f"{IMPORT} {loads} torch")
+    table.notes.append(f"{IMPORT} {loads} torch")
+    table.finish(options.out)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ GPU's that of torch's allocations.
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 
 import torch
 from costs import Shapes, saved_bytes, shapes_for
-from table import Table, parser
+from table import Table, parser, peak_memory
 
 from cim_models.backbones import build
 from cim_models.precision import fast_bf16
@@ -26,8 +25,6 @@ MODELS = {
     "cuda": ["cim_vit_tiny", "cim_vit_small", "cim_vit_base", "cim_resnet50"],
 }
 IMAGES = {"cpu": (4, 12), "cuda": (32, 128)}
-KILOBYTE = 1 if sys.platform == "darwin" else 1024
-"""Bytes of the unit of `ru_maxrss`."""
 
 
 def peak(model: str, images: int, checkpointing: bool, bf16: bool, device: torch.device) -> int:
@@ -46,9 +43,7 @@ def peak(model: str, images: int, checkpointing: bool, bf16: bool, device: torch
         optimiser.step()
         optimiser.zero_grad()
         cim.update_target(0.99)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KILOBYTE
+    return peak_memory(device)
 
 
 def in_a_process(*arguments: object) -> int:

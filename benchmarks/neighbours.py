@@ -9,22 +9,14 @@ the smallest gallery to the largest, so that a peak is seen where it grows.
 """
 
 import argparse
-import resource
-import sys
 import time
 
 import torch
+from table import peak_memory
 
 from cim_models.evaluation.knn import KS, knn_accuracy
 
 CLASSES = 1000
-
-
-def peak_megabytes(device: torch.device) -> float:
-    """The most memory so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
 
 
 def main() -> None:
@@ -37,7 +29,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{device}, {options.queries:,} queries, {options.width} features, k up to {max(KS)}")
     print(f"{'gallery':>10}{'seconds':>10}{'ratio':>8}{'peak MB':>10}{'growth MB':>11}{'matrix MB':>11}")
-    first_seconds, before = 0.0, peak_megabytes(device)
+    first_seconds, before = 0.0, peak_memory(device) / 2**20
     for images in sorted(options.images):
         numbers = torch.randn(images + options.width, generator=torch.Generator().manual_seed(0))
         gallery = numbers.as_strided((images, options.width), (1, 1))
@@ -45,7 +37,7 @@ def main() -> None:
         rows = torch.randint(images, (options.queries,), generator=torch.Generator().manual_seed(1))
         start = time.perf_counter()
         accuracy = knn_accuracy(gallery, labels, gallery[rows].to(device), labels[rows], (1, *KS))[1]
-        seconds, peak = time.perf_counter() - start, peak_megabytes(device)
+        seconds, peak = time.perf_counter() - start, peak_memory(device) / 2**20
         if accuracy < 1:
             raise SystemExit(f"a row is not its own nearest neighbour: {accuracy:%}")
         first_seconds = first_seconds or seconds

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import resource
 import shlex
 import statistics
 import sys
@@ -102,6 +103,14 @@ def take_turns(
 def ratio(slow: list[float], fast: list[float]) -> float:
     """How many times faster: the median of each round's ratio."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: of a GPU those that torch allocated, else resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def hardware(device: str = "cpu") -> str:

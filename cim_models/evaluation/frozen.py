@@ -13,7 +13,7 @@ from cim_models.evaluation.cache import split_features
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
 from cim_models.evaluation.protocol import Report
-from cim_models.evaluation.splits import Split, check_same_classes, read_split
+from cim_models.evaluation.splits import check_same_classes, read_split
 from cim_models.processes import Processes, launched
 
 
@@ -71,7 +71,7 @@ class Frozen:
     def report(
         self, out: Path, command: str, protocol: str, settings: Mapping[str, Any], result: Mapping[str, Any]
     ) -> Report:
-        """Writes what a protocol did beside, and what it found, chance apart."""
+        """Makes and writes the report of a protocol, of its own settings and of what it found, chance apart."""
         made = Report(
             protocol=protocol,
             model=self.model,
@@ -108,10 +108,8 @@ def frozen_features(
     """
     if config.pooling == "dense":
         raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
-    splits: dict[str, Split] = {
-        name: read_split(source, limit_per_class) for name, source in (("train", train), ("val", val))
-    }
-    check_same_classes(splits["train"], splits["val"])
+    splits = {"train": read_split(train, limit_per_class), "val": read_split(val, limit_per_class)}
+    check_same_classes(*splits.values())
     processes = launched()
     encoder = open_encoder(
         model, weights=weights, random_init=random_init, seed=config.seed, image_size=image_size,
@@ -122,17 +120,9 @@ def frozen_features(
     for name, split in splits.items():
         processes.check_same([about, split.paths], f"{split.source} or {model}")
         found = split_features(
-            encoder,
-            split,
-            about,
-            config.pooling,
-            cache=config.cache,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            precision=config.precision,
-            progress=name,
-            processes=processes,
-        )
+            encoder, split, about, config.pooling, cache=config.cache, batch_size=config.batch_size,
+            workers=config.workers, precision=config.precision, progress=name, processes=processes,
+        )  # fmt: skip
         labels = split.labels[found.indices]
         for label in set(range(len(split.classes))) - set(labels.tolist()) if processes.first else ():
             reason = found.unreadable[int((split.labels == label).nonzero()[0])]
