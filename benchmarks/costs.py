@@ -10,6 +10,7 @@ multiplication and an addition, a vision transformer's encoder makes of n tokens
 online encoder runs K times and costs three forward passes, the target runs once and keeps nothing.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -99,9 +100,11 @@ def _tokens(cim: CIM, shapes: Shapes) -> tuple[int, int]:
 
 def _head_flops(cim: CIM, shapes: Shapes) -> float:
     n, m, k, d, w = *_tokens(cim, shapes), shapes.count, cim.online.num_features, cim.head.embed.out_features
+    size, side = shapes.context, math.isqrt(n)
     embed = 2 * (2 * n * d * w) + 3 * (2 * k * m * d * w)  # contexts take no gradient
     attention = 3 * (2 * n * w * w + 4 * k * m * w * w + 4 * k * n * m * w + 2 * k * n * w * w)
-    return embed + attention + 3 * (16 * k * n * w * w + 2 * k * n * w)
+    upsampling = 2 * (2 * k * side * size * (side + size))  # its weights take no gradient
+    return embed + attention + 3 * (16 * k * n * w * w + 2 * k * n * w) + upsampling
 
 
 def _encoder_flops(encoder: nn.Module, size: int) -> tuple[float, float]:

@@ -6,7 +6,8 @@ Each row is `cim_models.pretraining.pretrain` itself, some steps of the recipe i
 generated pictures in the device cache; images per second and the wait for data are those of its log, the median of its
 lines but the first two. Utilisation is that of `costs.counted_flops` against the ceiling: the fastest product of two
 large bf16 matrices on the same device just before. `--set` changes any field of the configuration; `--profile` says
-which kernels the time of some more steps went to. Without a GPU it rehearses on the CPU, and says so.
+which kernels the time of some more steps went to, and for which share of the time a GPU has one to run. Without a GPU
+it rehearses on the CPU, and says so.
 """
 
 import argparse
@@ -63,12 +64,12 @@ def synchronise(device: torch.device) -> None:
 
 
 def configuration(
-    model: str, pictures: Path, out: Path, options: argparse.Namespace, steps: int, images: int
+    model: str, pictures: Path, out: Path, options: argparse.Namespace, steps: int, images: int, lines: int = LINES
 ) -> PretrainConfig:
-    """Of a run of so many steps without diagnoses."""
+    """Of a run of so many steps and lines of the log, without diagnoses."""
     config = load_recipe("imagenet-1k")
     values = to_dict(config)
-    values |= {"model": model, "out": str(out), "log_every": max(1, steps // LINES), "save_minutes": None}
+    values |= {"model": model, "out": str(out), "log_every": max(1, steps // lines), "save_minutes": None}
     values["save_every"] = steps
     values["data"] |= {"path": str(pictures), "cache": "device", "workers": options.workers}
     values["diagnostics"]["held_out"] = 0
@@ -81,15 +82,27 @@ def configuration(
     return from_dict(PretrainConfig, values, "configuration")
 
 
-def kernels(profile: torch.profiler.profile, device: torch.device, rows: int = 12) -> list[str]:
-    """The kernels that took longest, with their shares of the time of all."""
+def kernels(profile: torch.profiler.profile, device: torch.device, rows: int = 12) -> tuple[float, list[str]]:
+    """Seconds of all kernels, and those that took longest, with their shares of them."""
     of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     found = [event for event in profile.key_averages() if getattr(event, of) > 0]
-    if device.type == "cuda":
-        found = [event for event in found if event.device_type == torch.autograd.DeviceType.CUDA]
+    if device.type == "cuda":  # annotations span kernels, which count for themselves
+        on_device = torch.autograd.DeviceType.CUDA
+        found = [event for event in found if event.device_type == on_device and not event.is_user_annotation]
     total = sum(getattr(event, of) for event in found)
     found.sort(key=lambda event: -getattr(event, of))
-    return [f"{getattr(event, of) / total:.1%} {event.key[:100]} ({event.count} times)" for event in found[:rows]]
+    shares = [f"{getattr(event, of) / total:.1%} {event.key[:100]} ({event.count} times)" for event in found[:rows]]
+    return total / 1e6, shares
+
+
+def profiled(config: PretrainConfig, images: int, rate: float, device: torch.device) -> list[str]:
+    """Where the time of a run of so many images goes that trains on so many a second unless it is profiled."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        pretrain(config)
+    seconds, shares = kernels(profile, device)
+    busy = f"{rate * seconds / images:.0%} of the time the GPU has a kernel to run" if device.type == "cuda" else ""
+    return [f"{config.model}: where the time went", *(f"- {line}" for line in [busy, *shares] if line)]
 
 
 def main() -> None:
@@ -134,9 +147,8 @@ def main() -> None:
             used = rate * flops
             table.rows[model] = [rate, used / 1e12, used / best, bar, wait, flops / 1e9, memory]
             if options.profile:
-                with torch.profiler.profile() as profile:
-                    pretrain(configuration(model, pictures, Path(name) / f"{model}-profile", options, 12, images))
-                table.notes += [f"{model}: where the time went", *(f"- {line}" for line in kernels(profile, device))]
+                few = configuration(model, pictures, Path(name) / f"{model}-profile", options, 12, images, lines=1)
+                table.notes += profiled(few, 12 * options.batch, rate, device)
     table.finish(options.out)
 
 

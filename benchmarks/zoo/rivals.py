@@ -216,8 +216,9 @@ def train(kind: type[Method], like: PretrainConfig, pictures: Pictures, out: Pat
     optim, size = like.optimiser, like.backbone.img_size
     torch.manual_seed(like.seed)
     model: Any = kind(backbones.build(like.model, img_size=size), size).to(DEVICE)
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in (module for module in model.modules() if like.compile and isinstance(module, Block)):
-        block.compile(dynamic=False, recompile_limit=VARIANTS)  # as those of the run
+        block.compile(dynamic=False)  # as those of the run
     groups = param_groups_weight_decay(model, kind.weight_decay[0])
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=kind.betas, fused=True)
     out.mkdir(parents=True, exist_ok=True)

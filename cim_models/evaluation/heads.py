@@ -64,7 +64,7 @@ def fit_sgd(
     A loss that is weighted with a classifier's learning rate gives it that learning rate, so one optimiser serves all.
 
     Args:
-        features: (N, D) float, of which only batches move to the device.
+        features: (N, D) float, of which only a chunk is on the device at a time.
         labels: (N,) int64 in [0, classes).
         classes: Their number, C.
         lrs: The L learning rates at the start.
@@ -82,15 +82,17 @@ def fit_sgd(
     generator = torch.Generator().manual_seed(seed)
     step, steps = 0, epochs * math.ceil(len(features) / batch_size)
     for _ in range(epochs):
-        for rows in torch.randperm(len(features), generator=generator).split(batch_size):
-            optimiser.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            logits = heads(features[rows])
-            targets = labels[rows].to(logits.device)[:, None].expand(-1, len(lrs))
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            optimiser.zero_grad()
-            (losses.view(len(rows), -1).mean(dim=0) @ rates).backward()
-            optimiser.step()
-            step += 1
+        order = torch.randperm(len(features), generator=generator)
+        for rows in order.split(max(1, CHUNK // batch_size) * batch_size):
+            chunk = (x[rows].to(rates.device).split(batch_size) for x in (features, labels))
+            for examples, right in zip(*chunk, strict=True):
+                optimiser.param_groups[0]["lr"] = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+                targets = right[:, None].expand(-1, len(lrs))
+                losses = F.cross_entropy(heads(examples).flatten(0, 1), targets.flatten(), reduction="none")
+                optimiser.zero_grad()
+                (losses.view(len(right), -1).mean(dim=0) @ rates).backward()
+                optimiser.step()
+                step += 1
         progress()
     return _done(heads)
 
@@ -116,6 +118,8 @@ def fit_lbfgs(
         iterations: At most; it ends earlier at the optimum.
         device: Where to compute.
     """
+    if len(features) <= CHUNK:  # else they move again for every look at them
+        features, labels = features.to(device), labels.to(device)
     heads = _zeros(features, 1, classes, device)
     parameters = [heads.weight.requires_grad_(), heads.bias.requires_grad_()]
     optimiser = torch.optim.LBFGS(

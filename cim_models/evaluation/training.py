@@ -146,6 +146,7 @@ def fit(
         num_workers=usable_workers(config.workers),
         collate_fn=collate,
         worker_init_fn=one_thread,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
     losses: list[Tensor] = []
@@ -160,7 +161,7 @@ def fit(
             scheduler.step_update(step + 1)
             failed += unreadable
             with step_seed(config.seed, step, rank):
-                inputs, targets = task.augment(inputs.to(device), targets.to(device))
+                inputs, targets = task.augment(*(x.to(device, non_blocking=True) for x in (inputs, targets)))
                 losses += _backward(model, task.loss, inputs, targets, config, accelerator)
             if config.clip is not None:
                 accelerator.clip_grad_norm_(trainable, config.clip)

@@ -133,7 +133,9 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
 
 def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
     """Blurs (N, 3, H, W) by (N,) deviations in pixels, edges reflected; two small matrix products per picture."""
-    rows, columns = (_blur_matrices(n, sigmas.to(x.dtype)) for n in x.shape[2:])
+    height, width = x.shape[2:]
+    columns = _blur_matrices(width, sigmas.to(x.dtype))
+    rows = columns if height == width else _blur_matrices(height, sigmas.to(x.dtype))
     across = (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
     return (rows[:, None] @ across).clamp_(0, 1)
 

@@ -1,5 +1,7 @@
 """Correlation heads: tokens of a context and of its exemplars → a map of log-odds for each exemplar."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -143,8 +145,17 @@ def info_nce(predictions: Tensor, contexts: Tensor, first: int, temperature: flo
 
 
 def upsample(grid: Tensor, size: int) -> Tensor:
-    """(B, K, h, w) → (B, K, S, S) in float32, bilinear, corners aligned."""
-    return F.interpolate(grid.float(), (size, size), mode="bilinear", align_corners=True)
+    """(B, K, h, w) → (B, K, S, S) in float32, bilinear, corners aligned.
+
+    By two products with the weights along each side. The backward pass of `F.interpolate` adds the gradients of
+    hundreds of pixels to one number, which a GPU does one after the other.
+    """
+    down, across = (
+        F.interpolate(torch.eye(n, device=grid.device)[None], size, mode="linear", align_corners=True)[0]
+        for n in grid.shape[-2:]
+    )
+    with nullcontext() if grid.is_meta else torch.autocast(grid.device.type, enabled=False):
+        return down.T @ (grid.float() @ across)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

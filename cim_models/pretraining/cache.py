@@ -22,6 +22,8 @@ from cim_models.processes import ALONE, Processes
 
 SPARE = 0.1
 """Share of the free memory that a cache leaves."""
+CHUNK = 64
+"""Pictures that a reader sends at once: one by one, their way would take longer than decoding small ones."""
 
 
 class SharedMemory:
@@ -40,8 +42,8 @@ class SharedMemory:
     def __init__(self, records: Records, min_size: int, workers: int = 0, processes: Processes = ALONE) -> None:
         if "fork" not in multiprocessing.get_all_start_methods() and workers:
             raise ConfigError("data.cache is ram, which needs forked readers here; give data.workers 0")
-        sizes = _each(_Sizes(records, min_size), workers, "sizes")
-        self.ends = np.cumsum([0, *(3 * width * height for width, height in sizes)])
+        sizes = _chunks(_Sizes(records, min_size), workers, "sizes")
+        self.ends = np.cumsum([0, *(3 * width * height for chunk in sizes for width, height in chunk)])
         total = int(self.ends[-1])
         copies = 1 if machine() else processes.count
         check_room(total * copies, free_memory(), f"data.cache is ram: {len(records)} decoded pictures")
@@ -106,12 +108,13 @@ class OnDevice(Pictures):
         self.squares = torch.empty(len(pictures), 3, side, side, dtype=torch.uint8, device=device)
         self.sizes = np.zeros((len(pictures), 2), np.int64)
         self.unreadable: dict[int, str] = {}
-        for index, found in enumerate(_each(_Squares(pictures, side), workers, "pictures to the device")):
-            if isinstance(found, str):
-                self.unreadable[index] = found
-            else:
-                self.squares[index] = found[0].to(device)
-                self.sizes[index] = found[1]
+        first, blank = 0, (np.zeros((3, side, side), np.uint8), (0, 0))
+        for chunk in _chunks(_Squares(pictures, side), workers, "pictures to the device"):
+            self.unreadable |= {first + row: found for row, found in enumerate(chunk) if isinstance(found, str)}
+            squares, sizes = zip(*(blank if isinstance(found, str) else found for found in chunk), strict=True)
+            rows = slice(first, first + len(chunk))
+            self.squares[rows], self.sizes[rows] = torch.from_numpy(np.stack(squares)).to(device), sizes
+            first = rows.stop
         self.decode = self._place
 
     def _place(self, index: int) -> Any:
@@ -160,17 +163,20 @@ def check_room(needed: int, free: int, what: str) -> None:
         )
 
 
-def _each(dataset: Dataset[Any], workers: int, name: str) -> Iterator[Any]:
-    """The items of a dataset in order, made by so many processes."""
+def _chunks(dataset: Any, workers: int, name: str) -> Iterator[list[Any]]:
+    """The items of a dataset in order, some at a time, made by so many processes."""
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator(),
-        collate_fn=_as_it_is,
+        dataset, batch_size=CHUNK, num_workers=workers, worker_init_fn=start_worker, generator=torch.Generator(),
+        collate_fn=_as_they_are,
     )  # fmt: skip
-    return iter(tqdm(loader, name, unit="image", disable=None, leave=False))
+    with tqdm(desc=name, total=len(dataset), unit="image", disable=None, leave=False) as bar:
+        for chunk in loader:
+            yield chunk
+            bar.update(len(chunk))
 
 
-def _as_it_is(item: Any) -> Any:
-    return item
+def _as_they_are(items: list[Any]) -> list[Any]:
+    return items
 
 
 class _Sizes(Dataset[tuple[int, int]]):
@@ -193,7 +199,10 @@ class _Sizes(Dataset[tuple[int, int]]):
 
 
 class _Squares(Dataset[Any]):
-    """Each picture stretched to uint8 (3, side, side), with its width and height; or why it cannot be read."""
+    """Each picture stretched to uint8 (3, side, side), with its width and height; or why it cannot be read.
+
+    As NumPy arrays, which take a shorter way from process to process than small tensors do.
+    """
 
     def __init__(self, pictures: Pictures, side: int) -> None:
         self.pictures, self.side = pictures, side
@@ -207,4 +216,4 @@ class _Squares(Dataset[Any]):
         except DataError as error:
             return str(error)
         square = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy()), picture.size
+        return np.asarray(square).transpose(2, 0, 1), picture.size

@@ -29,8 +29,11 @@ def free_memory() -> int:
 
 
 def room(device: torch.device) -> int:
-    """Bytes of a device that are free; a CPU's are the machine's."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    """Bytes of a device that are free; a CPU's are the machine's, a GPU gets back what torch only keeps for later."""
+    if device.type != "cuda":
+        return free_memory()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 class Meter:
@@ -146,7 +149,6 @@ def search(fits: Callable[[int], bool], most: int) -> int:
 
 def _tried(step: Callable[[int], None], device: torch.device, sharing: int, taken: int) -> Callable[[int], bool]:
     """Whether so many images fit, by a step with them."""
-    torch.cuda.empty_cache()
     limit = (1 - MARGIN) * (room(device) / sharing + torch.cuda.memory_reserved(device)) - taken
 
     def fits(images: int) -> bool:

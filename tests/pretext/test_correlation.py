@@ -145,6 +145,19 @@ def test_upsampling_aligns_corners():
     assert upsample(grid.bfloat16(), 31).dtype == torch.float32
 
 
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (1, 1)])
+def test_upsampling_and_its_gradient_are_those_of_torch_whatever_the_autocast(grid):
+    coarse, grads = torch.randn(B, K, *grid, requires_grad=True), torch.randn(B, K, 32, 32)
+    expected = F.interpolate(coarse, (32, 32), mode="bilinear", align_corners=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = upsample(coarse, 32)
+    for got, wanted in (
+        (maps, expected),
+        *zip(*(torch.autograd.grad(x, coarse, grads) for x in (maps, expected)), strict=True),
+    ):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_heads_survive_deepcopy_and_a_state_dict(head):
     context, exemplars = tokens(), torch.randn(B, K, M, DIM)
     expected = head(context, exemplars, 32)
