@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from cim_models.pretext.constants import constant
+
 ROOT = Path(__file__).resolve().parents[1]
 aten = torch.ops.aten
 
@@ -35,6 +37,7 @@ class FakeGPU(TorchDispatchMode):
         """On the GPU: about as many kernels as it would have been told to start."""
 
     def __enter__(self) -> "FakeGPU":
+        constant.cache_clear()
         with contextlib.ExitStack() as stack:
             for name, value in (
                 ("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
@@ -50,6 +53,7 @@ class FakeGPU(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.entered.close()
+        constant.cache_clear()  # those of this GPU hold no numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
