@@ -87,7 +87,7 @@ def read_image(path: str | Path, min_size: int | None = None, content: bytes | N
     with _opened(path, min_size, content) as image:
         image.load()
         _turn_upright(image)
-        return _rgb(image)
+        return to_rgb(image)
 
 
 def decoded_size(path: str | Path, min_size: int | None = None, content: bytes | None = None) -> tuple[int, int]:
@@ -97,6 +97,16 @@ def decoded_size(path: str | Path, min_size: int | None = None, content: bytes |
     """
     with _opened(path, min_size, content) as image:
         return image.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any mode of Pillow to RGB, with transparency over white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 @contextlib.contextmanager
@@ -141,16 +151,6 @@ def _turn_upright(image: Image.Image) -> None:
         return  # without asking, which takes a tenth of the time that a small picture does
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode of Pillow to RGB, with transparency over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
@@ -26,6 +27,7 @@ from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.names import Name, close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights, resolve
+from cim_models.images import to_rgb
 from cim_models.pretext.model import CIM, PretextConfig
 
 NOT_OF_A_MODEL = ("features_only", "out_indices", "feature_cls", "pretrained_cfg_overlay")
@@ -165,7 +167,10 @@ def create_pretext(
 
 
 def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any) -> Callable[[Any], Tensor]:
-    """The preprocessing that belongs to a model's weights: RGB picture → (3, H, W) float32, normalised.
+    """The preprocessing that belongs to a model's weights: picture → (3, H, W) float32, normalised.
+
+    Pictures of any mode of Pillow become RGB first, transparency over white, as `cim embed` reads them; the EXIF
+    orientation is for `cim_models.images.read_image`.
 
     Args:
         model: A timm model or a `CIM`.
@@ -174,7 +179,16 @@ def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any)
     """
     config = resolve_data_config(kwargs, model=getattr(model, "online", model))
     kwargs.pop("img_size", None)
-    return timm_transform(**{**config, **kwargs}, is_training=is_training)
+    transform = timm_transform(**{**config, **kwargs}, is_training=is_training)
+    first = transform[0] if isinstance(transform, tuple) else transform
+    first.transforms.insert(0, _as_rgb)
+    return transform
+
+
+def _as_rgb(picture: Any) -> Any:
+    """A picture of Pillow as RGB; what is RGB, or a tensor, which timm's transforms take as well, as it is."""
+    fits = not isinstance(picture, Image.Image) or (picture.mode == "RGB" and not picture.has_transparency_data)
+    return picture if fits else to_rgb(picture)
 
 
 def create_from_timm(
@@ -223,6 +237,12 @@ def _resolve(
     name: str | Path, weights: str | Path | None, manifest: Manifest | None, access: Access, part: Part = "backbone"
 ) -> Weights:
     """Verified files of one of our architectures."""
+    manifest = manifest or load_manifest()
+    if weights is None and name in ARCHITECTURES and name not in {e.architecture for e in manifest.entries.values()}:
+        raise WeightsError(
+            f"{name} has no released weights yet: there are {', '.join(manifest.entries) or 'none'}. Random ones come "
+            "without pretrained=True, your own from a release folder, a run directory or a file"
+        )
     found = resolve(name, weights, manifest, part, access)
     if found.architecture not in ARCHITECTURES:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, which is not of this package")

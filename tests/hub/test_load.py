@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -20,6 +21,7 @@ from cim_models.hub.entry import WeightFile
 from cim_models.hub.load import create_model, create_pretext, create_transform, list_models
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.verify import verify
+from cim_models.images import read_image
 
 STOCK = {
     "cim_vit_tiny": ("vit_tiny_patch16_224", dict(global_pool="avg", fc_norm=False, dynamic_img_size=True)),
@@ -306,8 +308,9 @@ def test_without_weights_a_model_is_built_as_usual(released):
     assert model.pretrained_cfg["mean"] == (0.4, 0.5, 0.6)
     with pytest.raises(ConfigError, match="'cim_vit_tinny': did you mean cim_vit_tiny"):
         create_model("cim_vit_tinny")
-    with pytest.raises(WeightsError, match="there are"):
-        create_model("cim_vit_huge", pretrained=True, manifest=manifest)
+    for create in (create_model, create_pretext):
+        with pytest.raises(WeightsError, match="cim_vit_huge has no released .* there are .* without pretrained=True"):
+            create("cim_vit_huge", pretrained=True, manifest=manifest)
 
 
 def test_transform_belongs_to_the_weights(released):
@@ -325,6 +328,21 @@ def test_transform_belongs_to_the_weights(released):
     assert create_transform(model, is_training=True, hflip=0.0)(picture).shape == (3, 64, 64)
     features = create_model(entry.id, pretrained=True, features_only=True, out_indices=(1,), manifest=manifest)
     assert torch.equal(create_transform(features)(picture), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "F"])
+def test_transform_takes_pictures_of_any_mode(tmp_path, mode):
+    """It sees what `cim embed` reads from a file; a tensor passes as it does through timm's."""
+    grey = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 80)
+    wide = Image.fromarray(np.asarray(grey) * np.uint16(257))
+    picture = wide if mode == "I;16" else grey.convert("RGB").convert(mode)
+    path = tmp_path / ("picture.tif" if mode in ("CMYK", "F") else "picture.png")
+    picture.save(path)
+    model = create_model("cim_vit_tiny", img_size=32)
+    transform = create_transform(model)
+    assert torch.equal(transform(picture), transform(read_image(path)))
+    assert create_transform(model, is_training=True)(picture).shape == (3, 32, 32)
+    assert transform(torch.rand(3, 30, 40)).shape == (3, 32, 32)
 
 
 WAYS = {
