@@ -192,7 +192,7 @@ def _parse_run(arguments: list[str]) -> "PretrainConfig":
         config.data.path = data
         return config
 
-    config = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
+    config = (tyro.conf.PositionalMetavarFromFieldName,)
     return tyro.cli(pretrain, prog="cim pretrain", args=_with_values(arguments), config=config)
 
 

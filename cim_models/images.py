@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from cim_models.errors import DataError
 
 EXTENSIONS = frozenset(".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
+NOT_READ = frozenset(".arw .cr2 .cr3 .dng .heic .heif .jxl .nef .orf .psd .raf .rw2".split())
+"""Photographs as cameras, phones and editors write them, which are left out of a folder with a warning."""
 PIXEL_LIMIT = 178_956_970
 """Pictures that declare more pixels (0.5 GB as RGB) are refused before anything is decoded."""
 
@@ -27,6 +30,7 @@ def find_images(source: str | Path) -> list[Path]:
         source: a folder, searched recursively without hidden files and folders, each real folder once however many
             links lead to it; or an image file; or a text file with one path per line, relative to that file's folder,
             where blank lines and lines that start with # are skipped. Listed paths are not opened here.
+            Photographs of a folder in formats that are not read (HEIC, raw) are counted in a warning.
 
     Returns:
         Paths, sorted for a folder, in the order of the lines for a list.
@@ -36,7 +40,12 @@ def find_images(source: str | Path) -> list[Path]:
     """
     source = Path(source).expanduser()
     if source.is_dir():
-        paths = [Path(name) for name in sorted(_walk(source))]
+        names = sorted(_walk(source))
+        paths = [Path(name) for name in names if _suffix(name) in EXTENSIONS]
+        others = Counter(_suffix(name) for name in names if _suffix(name) in NOT_READ)
+        if others:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+            logger.warning("%s: left out %s, which are not read: convert them, to JPEG for instance", source, counts)
         wanted = f"no images in this folder; looked for {' '.join(sorted(EXTENSIONS))}"
     elif source.suffix.lower() in EXTENSIONS and source.is_file():
         return [source]
@@ -127,7 +136,7 @@ def _opened(path: str | Path, min_size: int | None, content: bytes | None) -> It
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Yields the image files below a folder; links are followed, a folder that was seen is not entered again."""
+    """Yields the files of pictures below a folder; links are followed, a folder that was seen is not entered again."""
     seen = set()
     for root, folders, files in os.walk(folder, followlinks=True, onerror=_skip_folder):
         status = os.stat(root)
@@ -137,8 +146,12 @@ def _walk(folder: Path) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
+            if _suffix(name) in EXTENSIONS | NOT_READ and not name.startswith("."):
                 yield os.path.join(root, name)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _skip_folder(error: OSError) -> None:

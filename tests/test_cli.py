@@ -217,6 +217,20 @@ def test_pretrain_takes_the_fields_of_a_run(tmp_path, photographs, capsys, monke
     assert config.optimiser.lr == recipe.optimiser.lr and config.data.size == recipe.data.size
 
 
+def test_every_switch_of_a_run_has_both_ways_whatever_the_recipe_says(tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr("cim_models.pretraining.loop.pretrain", lambda config: seen.append(config) or tmp_path)
+    for recipe in ("cpu-demo", "imagenet-1k"):
+        for flag in ("freeze-patch-embed", "no-freeze-patch-embed"):
+            assert usage(["pretrain", "images", "--recipe", recipe, f"--pretext.{flag}"], capsys)[0] == 0
+    assert [config.pretext.freeze_patch_embed for config in seen] == [True, False, True, False]
+
+
+def test_help_of_pretrain_names_the_backbones(capsys):
+    words = usage(["pretrain", "--help"], capsys)[1].replace(",", " ").replace(".", " ").split()
+    assert set(cim_models.list_models()) <= set(words)
+
+
 def test_pretrain_does_not_write_over_a_run(photographs, small_run, capsys):
     arguments = ["pretrain", str(photographs(8, 64)), "--recipe", "cpu-demo", "--out", str(small_run)]
     code, out, err = usage(arguments, capsys)

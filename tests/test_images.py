@@ -70,6 +70,14 @@ def test_find_in_a_folder(tmp_path):
     assert find_images(str(tmp_path)) == find_images(tmp_path)
 
 
+def test_photographs_that_are_not_read_are_counted(tmp_path, caplog):
+    for name in ("a.jpg", "1.HEIC", "b/2.heic", "b/3.nef", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == [tmp_path / "a.jpg"]
+    assert f"{tmp_path}: left out 2 .heic, 1 .nef, which are not read: convert them" in caplog.text
+
+
 def test_find_in_a_hidden_folder(tmp_path):
     (tmp_path / ".data").mkdir()
     (tmp_path / ".data" / "a.png").touch()

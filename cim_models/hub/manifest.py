@@ -104,7 +104,9 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; ConfigError naming it otherwise."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}") from error
 
 

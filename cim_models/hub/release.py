@@ -19,7 +19,7 @@ from cim_models.errors import CheckpointError, ConfigError
 from cim_models.hub.card import NOT_STATED, update_readme
 from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
-from cim_models.hub.manifest import load_manifest, write_manifest
+from cim_models.hub.manifest import NAME, Manifest, load_manifest, write_manifest
 from cim_models.hub.metrics import read_metrics
 from cim_models.hub.provenance import read_stages, texts
 from cim_models.pretext.model import PretextConfig
@@ -59,7 +59,7 @@ def release(
         hardware: That the run took.
         crop_pct: Side of the evaluation crop, as a fraction of the picture's short side.
         replace: Write over a release of this id.
-        root: Folder that holds weights_manifest.json and weights/; by default the package's.
+        root: Folder of weights_manifest.json and weights/, both made if they are not there; by default the package's.
 
     Returns:
         The release folder.
@@ -69,7 +69,7 @@ def release(
             can be written there.
         CheckpointError: If the run directory lacks a file, or one is damaged.
     """
-    manifest = load_manifest(root)
+    manifest = Manifest(root, {}) if root and not (root / NAME).exists() else load_manifest(root)
     if id in manifest.entries and not replace:
         raise ConfigError(f"{id} is released already: choose another tag, or give replace")
     stages = read_stages(run, encoder)

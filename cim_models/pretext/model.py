@@ -147,7 +147,14 @@ class CIM(nn.Module):
 
         Returns:
             (B, K, S, S) probabilities.
+
+        Raises:
+            ConfigError: If context or exemplars are not of these shapes.
         """
+        is_square = context.ndim == 4 and context.shape[-2] == context.shape[-1]
+        if not is_square or exemplars.ndim != 5 or len(exemplars) != len(context):
+            shapes = f"context {tuple(context.shape)}, exemplars {tuple(exemplars.shape)}"
+            raise ConfigError(f"locate takes a context (B, 3, S, S) and exemplars (B, K, 3, T, T), not {shapes}")
         sequence, _ = self.encode_exemplars(exemplars)
         return self.head(self.encode_context(context), sequence, context.shape[-1]).sigmoid()
 

@@ -98,7 +98,8 @@ class PretrainConfig:
     out: str = ""
     """Run directory: checkpoint, encoders, log, samples."""
     model: str = "cim_vit_base"
-    """One of `cim_models.backbones.ARCHITECTURES`."""
+    """cim_vit_tiny, cim_vit_small, cim_vit_base, cim_vit_large, cim_vit_huge, cim_resnet18, cim_resnet34, cim_resnet50
+    or cim_resnet101."""
     seed: int = 0
     """Of everything random."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

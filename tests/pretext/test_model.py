@@ -117,6 +117,18 @@ def test_locate_is_the_sigmoid_of_the_logits(family, batch):
     assert not probabilities.requires_grad and probabilities.shape == (B, K, S, S)
 
 
+def test_locate_names_the_shapes_that_it_takes(batch):
+    cim, (context, exemplars, _) = make(), batch
+    for wrong in (
+        (context, exemplars[:, 0]),
+        (context[0], exemplars),
+        (context[..., :32], exemplars),
+        (context[:1], exemplars),
+    ):
+        with pytest.raises(ConfigError, match=r"\(B, K, 3, T, T\), not context"):
+            cim.locate(*wrong)
+
+
 def test_exemplars_do_not_know_of_each_other(batch):
     cim, (context, exemplars, _) = make().eval(), batch
     together = cim.locate(context, exemplars)

@@ -52,6 +52,13 @@ def test_one_encoder_and_the_head_locate(making, tmp_path, root):
     assert (entry.pretext.context_size, entry.pretext.exemplar_size) == (64, 32)
 
 
+def test_a_folder_of_ones_own_gets_a_manifest(making, tmp_path):
+    making.make_run(tmp_path / "run")
+    made = module.release(tmp_path / "run", id="cim_vit_tiny.t1", root=tmp_path / "mine")
+    assert made == tmp_path / "mine" / "weights" / "cim_vit_tiny.t1"
+    assert list(load_manifest(tmp_path / "mine").entries) == ["cim_vit_tiny.t1"]
+
+
 @pytest.mark.parametrize("architecture", ["cim_vit_tiny", "cim_resnet18"])
 def test_the_entry_says_what_the_files_hold(making, tmp_path, root, architecture):
     making.make_run(tmp_path / "run", architecture)
