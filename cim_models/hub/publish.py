@@ -62,7 +62,7 @@ def publish(
         raise ConfigError(f"there is no release {id!r}: `cim list` shows what there is, `cim release` makes one")
     entry = manifest.entries[id]
     with tempfile.TemporaryDirectory() as temporary:
-        return _publish(manifest, entry, repo, private, dry_run, _files(manifest, entry, Path(temporary)))
+        return _publish(manifest, entry, repo, private, dry_run, _files(manifest, entry, repo, Path(temporary)))
 
 
 def _publish(
@@ -82,10 +82,11 @@ def _publish(
     return "\n".join([f"{entry.id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
 
 
-def _files(manifest: Manifest, entry: Entry, temporary: Path) -> dict[str, Path]:
+def _files(manifest: Manifest, entry: Entry, repo: str, temporary: Path) -> dict[str, Path]:
     """The files of a release folder by name, which are those of its entry, and an encoder in several files as one, too.
 
-    Plain timm reads no other: the Hub takes files of any size, a repository of code does not.
+    Plain timm reads no other: the Hub takes files of any size, a repository of code does not. The card's code names the
+    repository, which everybody can load, where that of the folder names an id of this manifest.
     """
     folder = manifest.root / "weights" / entry.id
     config = read_json(folder / "config.json")
@@ -95,6 +96,11 @@ def _files(manifest: Manifest, entry: Entry, temporary: Path) -> dict[str, Path]
     for file in entry.files:
         check_file(folder / Path(file.path).name, file)
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")}
+    if "README.md" in files:
+        here, there = f'("{entry.id}"', f'("hf-hub:{repo}@{entry.tag}"'
+        card = files["README.md"].read_bytes().replace(here.encode(), there.encode())
+        files["README.md"] = temporary / "README.md"
+        files["README.md"].write_bytes(card)
     shards = [folder / Path(file.path).name for file in entry.files if file.part == "backbone"]
     if len(shards) > 1:
         from cim_models.hub.folder import WHOLE, join

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from loopback import FOREVER, TOKEN
 from cim_models.cli import main
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
+from cim_models.hub.card import snippet
 from cim_models.hub.load import create_model
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.publish import publish
@@ -77,6 +79,19 @@ def test_what_was_published_is_what_everybody_loads(hub, root, tmp_path):
     for name in (ID, f"{ID}@one", f"{ID}@main", "hf-hub:org/name", "hf-hub:org/name@one"):
         model = create_model(name, True, manifest=load_manifest(root), token=TOKEN, cache_dir=tmp_path / "users")
         assert all((model.state_dict()[key] == value).all() for key, value in expected.items())
+
+
+def test_the_card_names_what_a_stranger_can_load(hub, root, tmp_path):
+    """Whose package has another manifest, in which there is no such id."""
+    card = root / "weights" / ID / "README.md"
+    card.write_text(f"# {ID}\n\n```python\n{snippet(load_manifest(root).entries[ID])}```\n")
+    before = card.read_bytes()
+    publish(ID, repo="org/name", root=root)
+    (name,) = re.findall(r'create_model\("(.+?)", pretrained=True\)', published(hub)["README.md"].decode())
+    assert create_model(name, pretrained=True, cache_dir=tmp_path).pretrained_cfg["tag"] == "one"
+    assert card.read_bytes() == before
+    publish(ID, repo="org/name", root=root)
+    assert len(hub.requests("POST .*/commit/")) == 1, "nothing differs"
 
 
 def test_again_changes_nothing(hub, root):
