@@ -12,7 +12,7 @@ from cim_models.errors import CimModelsError, ConfigError
 
 
 @contextlib.contextmanager
-def replacing(path: Path, kind: type[CimModelsError] = ConfigError) -> Iterator[Path]:
+def replacing(path: str | Path, kind: type[CimModelsError] = ConfigError) -> Iterator[Path]:
     """Gives a path to write to, in a hidden folder; at the end what is there is flushed to disk and becomes `path`.
 
     After an error, or a kill, `path` is what it was before. The folder is for those who write to files of their own
@@ -25,6 +25,7 @@ def replacing(path: Path, kind: type[CimModelsError] = ConfigError) -> Iterator[
     Raises:
         CimModelsError: Of that kind, if it cannot be written.
     """
+    path = Path(path)
     folder = path.with_name(f".{path.name}.tmp")
     temporary = folder / path.name
     try:

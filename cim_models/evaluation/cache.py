@@ -70,7 +70,7 @@ def split_features(
         "precision": precision,
     }
     key = json.loads(json.dumps(key))
-    folder = cache.expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cache).expanduser() / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     stored = _read(folder, key, encoder, split) if processes.first else None
     if processes.by_first(lambda: stored is not None):
         return stored or NONE

@@ -44,17 +44,23 @@ def load_checkpoint(model: nn.Module, file: str | Path, name: str) -> None:
         found = {key: found[key] for key in expected}
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        if convert is not None:
-            found = convert(found, model)
-        result = model.load_state_dict(found, strict=False)
+        found = found if convert is None else convert(found, model)
     except Exception as error:  # timm's conversion of a file of something else fails in any way
         raise WeightsError(f"{path} does not fit {name}: {' '.join(str(error).split())}") from error
+    wrong = [key for key, value in found.items() if key in expected and value.shape != expected[key].shape]
+    if wrong:
+        shapes = [f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}" for key in wrong]
+        raise WeightsError(f"{path} does not fit {name}: size mismatch, {_some(shapes)}")
+    result = model.load_state_dict(found, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     if missing:
-        some = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise WeightsError(f"{path} does not fit {name}: it lacks {some}")
+        raise WeightsError(f"{path} does not fit {name}: it lacks {_some(missing)}")
     unused = len(tensors) - (len(expected) - len(result.missing_keys))
     logger.info("%s: %d tensors of %r are the encoder, %d others are left out", path, len(expected), prefix, unused)
+
+
+def _some(words: list[str]) -> str:
+    return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
 
 
 def _location(file: str | Path) -> tuple[Path, str]:
@@ -76,6 +82,7 @@ def _read(path: Path) -> Any:
     except Exception as error:  # the reader of a file from anywhere fails in any way
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = "not a file that torch.save wrote" if "weights_only" in reason else reason
         what = f"asks to run {unsafe[1]}, which no weights need: save its tensors alone" if unsafe else reason
         raise WeightsError(f"{path} cannot be read: {what}") from error
 

@@ -72,7 +72,7 @@ def embed(
         ConfigError: If the file cannot be written or the model has no such pooling.
         WeightsError: If the model cannot be loaded.
     """
-    processes = launched()
+    processes, out = launched(), Path(out)
     files = find_images(images)
     encoder = open_encoder(model, device=device or processes.device)
     about = {**describe(encoder, model), "pooling": pooling, "precision": precision}

@@ -1,5 +1,6 @@
 """A name, a folder or a file → an encoder that is ready to be measured, and what it is in words."""
 
+import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,9 +124,17 @@ def _device(name: str | None) -> torch.device:
 
 
 def _is_of_timm(model: str) -> bool:
-    """Whether a name is that of a model of timm, not of one of ours."""
+    """Whether a name is that of a model of timm, not of one of ours; ConfigError if it is of neither."""
     asked = parse_name(model, ARCHITECTURES)
-    return asked.source == "registry" and asked.architecture not in ARCHITECTURES and timm.is_model(asked.architecture)
+    name = asked.architecture
+    if asked.source != "registry" or name in ARCHITECTURES:
+        return False
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=3, cutoff=0.75)
+        known = f"there are {', '.join(ARCHITECTURES)}, and those of timm"
+        hint = f"did you mean {' or '.join(close)}?" if close else known
+        raise ConfigError(f"no model is named {name!r}: {hint}")
+    return True
 
 
 def _from_timm(name: str, pretrained: bool) -> nn.Module:

@@ -112,6 +112,7 @@ def finetune(
     command = command_of("evaluate finetune", finetune, locals())
     protocol = variant(PROTOCOL, {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     config.check()
+    out = Path(out)
     check_new(out, resume)
     if from_scratch:
         config = dataclasses.replace(config, layer_decay=1.0)

@@ -102,7 +102,7 @@ def quickstart(
         DataError: If there are no images or none can be read.
         WeightsError: If there are no such weights, or they have no correlation head.
     """
-    start = time.perf_counter()
+    start, out = time.perf_counter(), Path(out)
     if images is None:
         images = out / "images.txt"
         with replacing(images) as file:

@@ -113,7 +113,7 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
     figures: dict[str, list[Path]] = {}
     if plots is not None:
         figures = {section.slug: _plot(section, plots) for section in sections}
-    base = out.parent if out is not None else Path()
+    base = Path(out).parent if out is not None else Path()
     shown = {slug: [Path(os.path.relpath(path, base)).as_posix() for path in paths] for slug, paths in figures.items()}
     markdown = _markdown(sections, shown)
     if out is not None:

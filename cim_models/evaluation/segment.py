@@ -94,6 +94,7 @@ def segment(
     """
     command = command_of("evaluate segment", segment, locals())
     config.check()
+    data, out = Path(data), Path(out)
     check_new(out, resume)
     splits = {name: read_maps(data, name) for name in ("train", "val")}
     used, held = _hold_out(splits["train"], config)

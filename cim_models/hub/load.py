@@ -247,7 +247,7 @@ def _resolve(
     if found.architecture not in ARCHITECTURES:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, which is not of this package")
     if found.entry is not None:
-        logger.info("%s: licence %s", found.name, found.entry.licence)
+        logger.info("%s: licence %s", found.entry.id, found.entry.licence)
     return found
 
 

@@ -128,5 +128,5 @@ def info(name: str) -> str:
     Args:
         name: An id, or an architecture for its newest weights.
     """
-    asked = parse_name(name)
-    return yaml.safe_dump(to_dict(load_manifest().find(asked.id)), sort_keys=False, allow_unicode=True, width=120)
+    entry = load_manifest().find(parse_name(name).id or name)
+    return yaml.safe_dump(to_dict(entry), sort_keys=False, allow_unicode=True, width=120)

@@ -268,6 +268,7 @@ def _load(path: Path) -> Any:
         raise
     except Exception as error:  # the reader of a file from anywhere fails in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = ["not a file that torch.save wrote"] if "weights_only" in reason[0] else reason
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks to run {unsafe[1]}, which no weights need" if unsafe else f"cannot be read: {reason[0]}"
         raise CheckpointError(f"{path} {what}; it is damaged, or not a released CIM checkpoint") from error

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,6 +58,8 @@ def publish(
         WeightsError: If the Hub refuses or cannot be reached, or what arrived is not what was sent. Nothing is
             recorded then.
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise ConfigError(f"--repo {repo} is not of the form org/name")
     manifest = load_manifest(root)
     if id not in manifest.entries:
         raise ConfigError(f"there is no release {id!r}: `cim list` shows what there is, `cim release` makes one")

@@ -69,6 +69,7 @@ def release(
             can be written there.
         CheckpointError: If the run directory lacks a file, or one is damaged.
     """
+    run, root = Path(run), root if root is None else Path(root)
     manifest = Manifest(root, {}) if root and not (root / NAME).exists() else load_manifest(root)
     if id in manifest.entries and not replace:
         raise ConfigError(f"{id} is released already: choose another tag, or give replace")

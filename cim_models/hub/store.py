@@ -224,7 +224,8 @@ def from_path(path: Path, architecture: str = "") -> Weights:
         if path.suffix != ".safetensors":
             raise WeightsError(
                 f"{path} is not a safetensors file: save the tensors with safetensors.torch.save_file "
-                "(a checkpoint of the authors: `cim import-official`)"
+                "(a checkpoint of the authors: `cim import-official`; "
+                "of another method: `cim evaluate` with the name of a model of timm)"
             )
         return _from_file(path, architecture)
     if (path / "config.json").is_file():

@@ -22,7 +22,7 @@ from cim_models.images import find_images, read_image
 
 def test_stock_safetensors_reads_what_is_written(tmp_path, photographs, run):
     folder, out = photographs(11, 80), tmp_path / "new" / "f.safetensors"
-    result = embed(folder, str(run), out, batch_size=4, workers=0)
+    result = embed(str(folder), str(run), str(out), batch_size=4, workers=0)  # paths may be strings
     tensors = load_file(out)
     assert list(tensors) == ["features"] and tensors["features"].shape == result.shape == (11, 192)
     encoder = open_encoder(str(run))

@@ -84,6 +84,11 @@ def test_a_pretext_says_its_sizes(tmp_path, run):
         open_pretext(str(run / "online.safetensors"))
 
 
+def test_a_misspelt_model_of_timm_is_offered():
+    with pytest.raises(ConfigError, match="'vit_tiny_patch16_225': did you mean .*vit_tiny_patch16_224"):
+        open_encoder("vit_tiny_patch16_225")
+
+
 @pytest.mark.parametrize("name", ["cim_vit_tiny.no_such", "cim_vit_tinny", "no_such_model", "a/b", "./nowhere"])
 def test_unknown_names(name):
     with pytest.raises((ConfigError, WeightsError), match="cim_|nowhere|a/b"):

@@ -110,6 +110,12 @@ def test_a_dry_run_asks_nobody(hub, root, monkeypatch):
     assert recorded(root) == ("repository",)
 
 
+@pytest.mark.parametrize("repo", ["name", "hf-hub:org/name", "https://huggingface.co/org/name"])
+def test_a_repository_is_org_and_name(hub, root, repo):
+    with pytest.raises(ConfigError, match=f"{repo} is not of the form org/name"):
+        publish(ID, repo=repo, dry_run=True, root=root)
+
+
 def test_the_command(hub, root, capsys):
     assert main(["publish", ID, "--repo", "org/name", "--root", str(root), "--dry-run"]) == 0
     assert "Nothing was sent" in capsys.readouterr().out
