@@ -37,7 +37,7 @@ from cim_models import backbones
 from cim_models.errors import CheckpointError, CimModelsError, ConfigError
 from cim_models.files import replacing
 from cim_models.hub.provenance import seen_by
-from cim_models.precision import fast_bf16
+from cim_models.precision import autocast
 from cim_models.pretext import exemplars
 from cim_models.pretext.colour import ColourConfig, recolour
 from cim_models.pretext.exemplars import ExemplarConfig
@@ -231,7 +231,6 @@ def train(kind: type[Method], like: PretrainConfig, pictures: Pictures, out: Pat
     log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     batches = GlobalBatches(len(pictures), optim.batch_size, like.seed, start_step=start, total_steps=steps)
     stream = loader(pictures, batches, usable_workers(like.data.workers))
-    bf16 = like.precision == "bf16" or (like.precision == "auto" and fast_bf16())
     warmup, every = round(optim.warmup_epochs / optim.epochs * steps), min(like.log_every, PACE // 3)
     losses: list[Tensor] = []
     rate, clock = 0.0, time.perf_counter()
@@ -245,7 +244,7 @@ def train(kind: type[Method], like: PretrainConfig, pictures: Pictures, out: Pat
                 group["weight_decay"] = decay if group["weight_decay"] else 0.0
             model.before_step(step, steps)
             views = model.views(pictures.sources(batch, DEVICE), batch["uniforms"].to(DEVICE, non_blocking=True))
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            with autocast(DEVICE, like.precision):
                 loss = model(*views)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), kind.clip)
