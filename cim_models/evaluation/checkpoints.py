@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cim_models.errors import WeightsError
+from cim_models.errors import WeightsError, some
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +50,13 @@ def load_checkpoint(model: nn.Module, file: str | Path, name: str) -> None:
     wrong = [key for key, value in found.items() if key in expected and value.shape != expected[key].shape]
     if wrong:
         shapes = [f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}" for key in wrong]
-        raise WeightsError(f"{path} does not fit {name}: size mismatch, {_some(shapes)}")
+        raise WeightsError(f"{path} does not fit {name}: size mismatch, {some(shapes)}")
     result = model.load_state_dict(found, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
     if missing:
-        raise WeightsError(f"{path} does not fit {name}: it lacks {_some(missing)}")
+        raise WeightsError(f"{path} does not fit {name}: it lacks {some(missing)}")
     unused = len(tensors) - (len(expected) - len(result.missing_keys))
     logger.info("%s: %d tensors of %r are the encoder, %d others are left out", path, len(expected), prefix, unused)
-
-
-def _some(words: list[str]) -> str:
-    return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
 
 
 def _location(file: str | Path) -> tuple[Path, str]:

@@ -1,6 +1,5 @@
 """A name, a folder or a file → an encoder that is ready to be measured, and what it is in words."""
 
-import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.evaluation.checkpoints import load_checkpoint
 from cim_models.hub.load import create_model, create_pretext
-from cim_models.hub.names import parse_name
+from cim_models.hub.names import close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.provenance import seen_by
 from cim_models.hub.store import Weights, resolve
@@ -130,10 +129,8 @@ def _is_of_timm(model: str) -> bool:
     if asked.source != "registry" or name in ARCHITECTURES:
         return False
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=3, cutoff=0.75)
-        known = f"there are {', '.join(ARCHITECTURES)}, and those of timm"
-        hint = f"did you mean {' or '.join(close)}?" if close else known
-        raise ConfigError(f"no model is named {name!r}: {hint}")
+        hint = close_to(name, ARCHITECTURES, others=timm.list_models())
+        raise ConfigError(f"no model, in timm neither, is named {name!r}{hint}")
     return True
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cim_models.errors import DataError
+from cim_models.errors import DataError, some
 from cim_models.images import EXTENSIONS, find_images, read_list
 
 
@@ -85,8 +85,7 @@ def check_same_classes(train: Split, val: Split) -> None:
     for split, other in ((train, val), (val, train)):
         extra = sorted(set(split.classes) - set(other.classes))
         if extra:
-            names = ", ".join(extra[:5]) + (f" and {len(extra) - 5} more" if len(extra) > 5 else "")
-            raise DataError(f"{split.source} has classes that {other.source} has not: {names}")
+            raise DataError(f"{split.source} has classes that {other.source} has not: {some(extra)}")
 
 
 def draw_per_class(labels: Tensor, count: int | float, seed: int, keep: int = 0) -> Tensor:

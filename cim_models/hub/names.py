@@ -76,10 +76,10 @@ def _meant(scheme: str, rest: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}:{rest}?" if close else "there are hf-hub:org/name and local-dir:PATH"
 
 
-def close_to(text: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what was probably meant, or all that there is."""
+def close_to(text: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The end of a message about an unknown name: what was probably meant, or all that there is but too many others."""
     known = list(known)
-    close = difflib.get_close_matches(re.sub(r"[- ]", "_", text.lower()), known, n=3, cutoff=0.75)
+    close = difflib.get_close_matches(re.sub(r"[- ]", "_", text.lower()), [*known, *others], n=3, cutoff=0.75)
     if close:
         return f": did you mean {' or '.join(close)}?"
     return f": there are {', '.join(known)}" if known else ": there are none yet"

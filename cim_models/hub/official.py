@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cim_models.backbones import build
 from cim_models.backbones.vit import VITS, sincos_pos_embed
-from cim_models.errors import CheckpointError, ConfigError
+from cim_models.errors import CheckpointError, ConfigError, some
 from cim_models.hub.entry import Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from cim_models.pretext.model import CIM, PretextConfig
@@ -149,7 +149,7 @@ def read_official(path: str | Path, num_heads: int | None = None, head_num_heads
     _require(path, [key for key in describing if key not in tensors])
     odd = [key for key, ndim in describing.items() if tensors[key].ndim != ndim or not tensors[key].numel()]
     if odd:
-        raise CheckpointError(f"{path} is not a released CIM checkpoint: no encoder has such {_names(odd)}")
+        raise CheckpointError(f"{path} is not a released CIM checkpoint: no encoder has such {some(odd, LISTED)}")
     architecture, model_args = _describe_encoder(path, tensors, num_heads)
 
     if is_pretext:
@@ -172,11 +172,11 @@ def read_official(path: str | Path, num_heads: int | None = None, head_num_heads
     wrong = [key for key, value in expected.items() if state[key].shape != value.shape]
     if wrong:
         shapes = [f"{key} {tuple(state[key].shape)}, not {tuple(expected[key].shape)}" for key in wrong]
-        raise CheckpointError(f"{path} holds tensors of another shape than its others imply: {_names(shapes)}")
+        raise CheckpointError(f"{path} holds tensors of another shape than its others imply: {some(shapes, LISTED)}")
     used = {key for key, names in renamed.items() if names and all(name in expected for name in names)}
     extra = tuple(key for key in tensors if key not in used and key != "decoder_pos_embed")
     if extra:
-        logger.warning("%s: %d tensors are not used: %s", path, len(extra), _names(extra))
+        logger.warning("%s: %d tensors are not used: %s", path, len(extra), some(extra, LISTED))
     return replace(official, state={key: state[key] for key in expected}, extra=extra)
 
 
@@ -356,9 +356,4 @@ def _theirs(key: str) -> str:
 
 def _require(path: Path, missing: list[str]) -> None:
     if missing:
-        raise CheckpointError(f"{path} is not a whole released CIM checkpoint: it lacks {_names(missing)}")
-
-
-def _names(names: list[str] | tuple[str, ...]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+        raise CheckpointError(f"{path} is not a whole released CIM checkpoint: it lacks {some(missing, LISTED)}")
