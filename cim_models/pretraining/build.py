@@ -64,7 +64,6 @@ def place(cim: CIM, config: PretrainConfig, device: torch.device, processes: int
     """
     if processes > 1 and device.type == "cuda":
         cim = nn.SyncBatchNorm.convert_sync_batchnorm(cim)
-    torch.backends.cudnn.benchmark = True  # sizes stay the same: the fastest convolutions for them are looked for
     cim = cim.to(device)
     if config.compile:
         compile_parts(cim)
