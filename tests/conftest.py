@@ -88,7 +88,10 @@ def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     def run(program: str, *arguments: object) -> subprocess.CompletedProcess:
         (tmp_path / "worker.py").write_text(program)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        changes = {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        changes = {
+            "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
         return subprocess.run(
             [*command, tmp_path / "worker.py", *map(str, arguments)],
             env={**os.environ, **changes}, capture_output=True, text=True, timeout=600,

@@ -14,16 +14,30 @@ from tqdm import tqdm
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import decoded_size
+from cim_models.pretraining.config import DataConfig
 from cim_models.pretraining.data import Pictures, start_worker
 from cim_models.pretraining.memory import free_memory, room
 from cim_models.pretraining.readers import Records, read_record
 from cim_models.pretraining.shared import machine, shared_memory
-from cim_models.processes import ALONE, Processes
+from cim_models.processes import ALONE, Processes, launched
 
 SPARE = 0.1
 """Share of the free memory that a cache leaves."""
 CHUNK = 64
 """Pictures that a reader sends at once: one by one, their way would take longer than decoding small ones."""
+
+
+def cached(pictures: Pictures, data: DataConfig, workers: int, device: torch.device) -> Pictures:
+    """The pictures of a run, out of the cache that it asks for.
+
+    Raises:
+        ConfigError: If they will not fit there, or processes cannot share memory here.
+    """
+    if data.cache == "ram":
+        SharedMemory.of(pictures, workers, launched())
+    elif data.cache == "device":
+        return OnDevice(pictures, data.cache_side or pictures.min_size, workers, device)
+    return pictures
 
 
 class SharedMemory:

@@ -5,6 +5,7 @@ import torch
 from fake_gpu import Enough, FakeGPU, OnGPU, real
 
 from cim_models.backbones.vit import VITS
+from cim_models.pretext.views import DRAWS
 from cim_models.pretraining import cache, loop
 from cim_models.pretraining.memory import Meter
 
@@ -50,5 +51,5 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing(steps, changes):
     _, step, logged = steps(**changes)
     assert step.waits == []
     sources = [(2,), (2, 4), (2,)] if "data__cache" in changes else [(2, 3, 64, 64)]
-    assert step.copies == [*sources, (2, 2, loop.views_module.DRAWS)]
+    assert step.copies == [*sources, (2, 2, DRAWS)]
     assert logged.waits  # of what is logged
