@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cim_models import backbones
+from cim_models.backbones.vit import VITS
 from cim_models.pretext.model import CIM, PretextConfig
 from cim_models.pretraining.config import to_dict
 from cim_models.pretraining.data import GlobalBatches
@@ -73,11 +74,13 @@ SHARDED = """
 import sys
 from functools import partial
 import torch
+from cim_models.backbones.vit import VITS
 from cim_models.pretext.model import CIM
 from cim_models.pretraining import build, load_recipe, loop
 from cim_models.pretraining.compiling import compile_parts
 
 torch.set_num_threads(1)
+VITS["cim_vit_tiny"]["depth"] = 2
 update = CIM.update_target
 here = []
 
@@ -223,8 +226,9 @@ def test_two_processes_are_one(tmp_path, out, photographs, configure, launch):
 
 
 @pytest.mark.slow
-def test_shards_are_one_process(tmp_path, out, photographs, configure, launch):
+def test_shards_are_one_process(tmp_path, out, photographs, configure, launch, monkeypatch):
     """Each of two processes has half of all parameters; checkpoints are whole, and go on either way, compiled, too."""
+    monkeypatch.setitem(VITS, "cim_vit_tiny", {**VITS["cim_vit_tiny"], "depth": 2})
     changes = dict(
         optimiser__accumulation=2, optimiser__epochs=0.16, optimiser__warmup_epochs=0.0, optimiser__lr=0.01,
         optimiser__clip=0.05, optimiser__betas=(0.0, 0.95), backbone__grad_checkpointing=True, precision="fp32",
