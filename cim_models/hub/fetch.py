@@ -8,7 +8,8 @@ from cim_models.hub.access import Access
 from cim_models.hub.card import render_card
 from cim_models.hub.folder import WHOLE, join, staging, write_config
 from cim_models.hub.integrity import check_file
-from cim_models.hub.manifest import load_manifest
+from cim_models.hub.manifest import known_manifest, load_manifest
+from cim_models.hub.names import parse_name
 from cim_models.hub.provenance import provenance_files
 from cim_models.hub.store import resolve
 
@@ -30,7 +31,8 @@ def fetch(name: str, /, *, to: Path, token: bool = False, whole: bool = False, r
         ConfigError: If there is something else in that folder, or it cannot be written.
         WeightsError: If there are no such weights, or they cannot be had.
     """
-    manifest, to = load_manifest(root), to.expanduser().absolute()
+    asked, to = parse_name(name), to.expanduser().absolute()
+    manifest = known_manifest(asked.id) if root is None and asked.source == "registry" else load_manifest(root)
     found = resolve(name, manifest=manifest, access=Access(token=token))
     entry = found.entry
     if entry is None:

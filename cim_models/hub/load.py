@@ -23,7 +23,7 @@ from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub import fit
 from cim_models.hub.access import Access
 from cim_models.hub.entry import Part
-from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.manifest import Manifest, known_manifest
 from cim_models.hub.names import Name, close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights, resolve
@@ -48,7 +48,7 @@ def list_models(filter: str = "", pretrained: bool = False, manifest: Manifest |
         pretrained: Ids of released weights instead of architectures.
         manifest: Another manifest than the package's.
     """
-    names: Iterable[str] = (manifest or load_manifest()).entries if pretrained else ARCHITECTURES
+    names: Iterable[str] = (manifest or known_manifest()).entries if pretrained else ARCHITECTURES
     pattern = filter or "*"
     return [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n.partition(".")[0], pattern)]
 
@@ -95,7 +95,7 @@ def create_model(
         model = _load_encoder(found, num_classes, dtype or torch.float32, kwargs)
     else:
         if asked.tag:
-            entry = (manifest or load_manifest()).find(asked.id)
+            entry = (manifest or known_manifest(asked.id, access=access)).find(asked.id)
             kwargs = {"pretrained_cfg": pretrained_cfg(Weights.of(entry)), **entry.model_args, **kwargs}
         if num_classes is not None:
             kwargs["num_classes"] = num_classes
@@ -237,12 +237,13 @@ def _resolve(
     name: str | Path, weights: str | Path | None, manifest: Manifest | None, access: Access, part: Part = "backbone"
 ) -> Weights:
     """Verified files of one of our architectures."""
-    manifest = manifest or load_manifest()
-    if weights is None and name in ARCHITECTURES and name not in {e.architecture for e in manifest.entries.values()}:
-        raise WeightsError(
-            f"{name} has no released weights yet: there are {', '.join(manifest.entries) or 'none'}. Random ones come "
-            "without pretrained=True, your own from a release folder, a run directory or a file"
-        )
+    if weights is None and name in ARCHITECTURES:
+        manifest = manifest or known_manifest(str(name), part, access)
+        if name not in {entry.architecture for entry in manifest.entries.values()}:
+            raise WeightsError(
+                f"{name} has no released weights yet: there are {', '.join(manifest.entries) or 'none'}. Random ones "
+                "come without pretrained=True, your own from a release folder, a run directory or a file"
+            )
     found = resolve(name, weights, manifest, part, access)
     if found.architecture not in ARCHITECTURES:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, which is not of this package")

@@ -4,20 +4,28 @@ The file is `{"version": 1, "entries": {id: entry}}`, an entry being `Entry` as 
 """
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.files import replacing
+from cim_models.hub.access import Access
 from cim_models.hub.entry import Entry, Part, read_entry, to_dict
 from cim_models.hub.names import close_to, parse_name
 
 NAME = "weights_manifest.json"
 VERSION = 1
+MIRROR = "CIM_MODELS_MIRROR"
+"""Environment variable: a folder laid out like the repository, or a release folder; or the address of the former."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,11 @@ def load_manifest(root: str | Path | None = None) -> Manifest:
         ConfigError: Naming the entry and the field at fault.
     """
     root = data_root() if root is None else Path(root)
-    path = root / NAME
-    data = read_json(path)
+    return Manifest(root, _read_entries(read_json(root / NAME), root / NAME))
+
+
+def _read_entries(data: Any, path: str | Path) -> dict[str, Entry]:
+    """A parsed manifest → its entries; ConfigError naming the file at fault."""
     if not isinstance(data, dict) or set(data) != {"version", "entries"} or not isinstance(data["entries"], dict):
         raise ConfigError(f'{path}: not of the form {{"version": {VERSION}, "entries": {{…}}}}')
     if data["version"] != VERSION:
@@ -81,7 +92,87 @@ def load_manifest(root: str | Path | None = None) -> Manifest:
         entries[id] = read_entry(value, f"{path}: entry {id}")
         if entries[id].id != id:
             raise ConfigError(f"{path}: entry {id}: field id: {entries[id].id!r} is not the entry's name")
-    return Manifest(root, entries)
+    return entries
+
+
+def mirror() -> Path | str | None:
+    """What CIM_MODELS_MIRROR says: a folder, an address without a slash at its end, or nothing.
+
+    Raises:
+        WeightsError: If it is neither a folder nor an address.
+    """
+    place = os.environ.get(MIRROR, "")
+    if place.startswith(("http://", "https://")):
+        return place.rstrip("/")
+    if place and not Path(place).is_dir():
+        raise WeightsError(f"{MIRROR}={place} is neither a folder nor an address: correct the variable or unset it")
+    return Path(place) if place else None
+
+
+def known_manifest(name: str = "", part: Part = "backbone", access: Access | None = None) -> Manifest:
+    """The package's manifest, and where it does not know a name, with it the entries of the mirror's own.
+
+    A mirror is asked for nothing that the package knows, so it cannot change what that means.
+
+    Args:
+        name: An id, or an architecture; by default all that is known.
+        part: An architecture means weights that hold this.
+        access: How the mirror may be asked; by default as the environment says.
+
+    Raises:
+        ConfigError: If a manifest is not as it should be.
+        WeightsError: If the mirror is to be asked, and cannot.
+    """
+    ours = load_manifest()
+    try:
+        ours.find(name, part)
+        return ours
+    except WeightsError as error:
+        unknown = error
+    place = mirror()
+    if place is None:
+        return ours
+    try:
+        theirs = _of_mirror(place, access or Access())
+    except WeightsError as error:
+        if name:
+            raise WeightsError(f"{error}; {unknown}") from error
+        logger.warning("%s; what else is released there is not known", error)
+        theirs = {}
+    if not theirs and "." in name:
+        raise WeightsError(f"{place} has no {NAME} with ids of its own: load its folders as weights=FOLDER; {unknown}")
+    root = place if isinstance(place, Path) else ours.root
+    return Manifest(root, dict(sorted({**theirs, **ours.entries}.items())))
+
+
+def _of_mirror(place: Path | str, access: Access) -> Mapping[str, Entry]:
+    """The entries of a mirror's own manifest, as it is now, or was when its address was last reached; none without."""
+    if isinstance(place, Path):
+        return load_manifest(place).entries if (place / NAME).is_file() else {}
+    from cim_models.hub.cache import Cache
+    from cim_models.hub.remote import Source, small_text
+    from cim_models.hub.waiting import Patience, Unreachable
+
+    cache, kept, where = Cache(access), f"mirror/{quote(place, safe='')}/{NAME}", f"{place}/{NAME}"
+    content = cache.read(kept)
+    if not access.offline:
+        try:
+            content = small_text(Source(place, access), NAME, Patience())
+            cache.write(kept, content)
+        except Unreachable as error:
+            if content is None:
+                raise
+            logger.warning("%s; used what it was when it was last asked for", error)
+        except WeightsError as error:
+            if getattr(getattr(error.__cause__, "response", None), "status_code", 0) != 404:
+                raise
+            return {}
+    if content is None:
+        raise cache.lacks(where)
+    try:
+        return _read_entries(json.loads(content), where)
+    except ValueError as error:
+        raise ConfigError(f"{where}: cannot be read as JSON: {error}") from error
 
 
 def write_manifest(manifest: Manifest) -> Path:
@@ -114,7 +205,7 @@ def table() -> str:
     """The released weights, a line each."""
     rows = [
         (entry.id, f"{entry.parameters / 1e6:.1f} M", f"{entry.bytes / 1e6:.1f} MB", entry.licence, entry.summary)
-        for entry in load_manifest().entries.values()
+        for entry in known_manifest().entries.values()
     ]
     rows.insert(0, ("name", "parameters", "files", "licence", "summary"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -128,5 +219,6 @@ def info(name: str) -> str:
     Args:
         name: An id, or an architecture for its newest weights.
     """
-    entry = load_manifest().find(parse_name(name).id or name)
+    id = parse_name(name).id or name
+    entry = known_manifest(id).find(id)
     return yaml.safe_dump(to_dict(entry), sort_keys=False, allow_unicode=True, width=120)

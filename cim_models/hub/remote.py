@@ -157,6 +157,33 @@ def commit_of(repository: str, revision: str, access: Access, cache: Cache, pati
     return last
 
 
+def small_text(source: Source, file: str, patience: Patience, digest: str = "") -> bytes:
+    """A small file as it is now, compared with what the Hub says that it is.
+
+    Raises:
+        Unreachable: If nobody answers in time.
+        WeightsError: If the answer is no, or too long.
+    """
+
+    def ask(timeout: float) -> bytes:
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        with get_session().stream("GET", source.url(file), headers=source.headers(), timeout=timeout) as reply:
+            if reply.status_code >= 400:
+                reply.read()
+            hf_raise_for_status(reply)
+            content = b""
+            for chunk in reply.iter_bytes():
+                content += chunk
+                if len(content) > SMALL:
+                    raise WeightsError(f"{file} of {source.name} is larger than {SMALL} bytes")
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) and not digest_is(content, digest):
+            raise Passing(f"what arrived is not what the Hub announced: another digest than {digest}")
+        return content
+
+    return persist(f"{file} of {source.name}", ask, patience)
+
+
 def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> bytes:
     """A text of a repository at a commit, from the cache if it is there.
 
@@ -175,26 +202,7 @@ def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> b
     if source.access.offline:
         raise cache.lacks(f"{file} of {source.name}")
 
-    headers = source.preflight(file, patience)
-    digest = _etag(headers)
-
-    def ask(timeout: float) -> bytes:
-        from huggingface_hub.utils import get_session, hf_raise_for_status
-
-        with get_session().stream("GET", source.url(file), headers=source.headers(), timeout=timeout) as reply:
-            if reply.status_code >= 400:
-                reply.read()
-            hf_raise_for_status(reply)
-            content = b""
-            for chunk in reply.iter_bytes():
-                content += chunk
-                if len(content) > SMALL:
-                    raise WeightsError(f"{file} of {source.name} is larger than {SMALL} bytes")
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) and not digest_is(content, digest):
-            raise Passing(f"what arrived is not what the Hub announced: another digest than {digest}")
-        return content
-
-    content = persist(f"{file} of {source.name}", ask, patience)
+    content = small_text(source, file, patience, _etag(source.preflight(file, patience)))
     found = WeightFile(file, "index", len(content), hashlib.sha256(content).hexdigest())
     with cache.adding(found, patience) as (partial, _):
         partial.write_bytes(content)

@@ -20,11 +20,8 @@ from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
 from cim_models.hub.integrity import check_file, side_by_side
-from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.manifest import MIRROR, Manifest, known_manifest, load_manifest, mirror
 from cim_models.hub.names import Name, parse_name
-
-MIRROR = "CIM_MODELS_MIRROR"
-"""Environment variable: a folder laid out like the repository, or a release folder; or the address of the former."""
 
 MODEL = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names of an encoder's files in a release folder; any of them stands for all."""
@@ -91,7 +88,7 @@ def resolve(
     Args:
         name: Anything that `parse_name` reads; with `weights` an architecture.
         weights: Where from, instead of the manifest: a release folder, a run directory, a safetensors file, or a name.
-        manifest: Another manifest than the package's.
+        manifest: Where to look; by default the package's, then that of CIM_MODELS_MIRROR.
         part: An architecture means its newest weights that hold this.
         access: How files may be fetched; by default as the environment says.
 
@@ -101,8 +98,8 @@ def resolve(
             architecture.
     """
     access = access or Access()
-    manifest = manifest or load_manifest()
-    known = [*manifest.entries, *(entry.architecture for entry in manifest.entries.values())]
+    entries = (manifest or load_manifest()).entries
+    known = [*entries, *(entry.architecture for entry in entries.values())]
     asked = parse_name(name, known)
     given = asked
     if weights is not None:
@@ -119,6 +116,7 @@ def resolve(
             raise ConfigError(f"{weights or name} is a path, which has no revision {given.revision!r}: leave it out")
         found = from_path(Path(given.location).expanduser(), asked.architecture)
     else:
+        manifest = manifest or known_manifest(given.id, part, access)
         found = _from_manifest(given, manifest.find(given.id, part), manifest.root, access)
     if asked.architecture and found.architecture != asked.architecture:
         raise WeightsError(f"{found.name} holds weights of {found.architecture}, not of {asked.architecture}")
@@ -136,16 +134,13 @@ def released_files(entry: Entry, root: Path, access: Access | None = None) -> di
     Raises:
         WeightsError: Naming every copy that was found and what is wrong with it.
     """
-    mirror = os.environ.get(MIRROR, "")
-    online = mirror.startswith(("http://", "https://"))
-    if mirror and not online and not Path(mirror).is_dir():
-        raise WeightsError(f"{MIRROR}={mirror} is neither a folder nor an address: correct the variable or unset it")
-    places = {file: _places(entry, file, root, None if online or not mirror else Path(mirror)) for file in entry.files}
+    place = mirror()
+    places = {file: _places(entry, file, root, place if isinstance(place, Path) else None) for file in entry.files}
     found = dict(zip(entry.files, side_by_side(lambda file: _first_good(places[file], file), entry.files), strict=True))
     paths = {file: path for file, (path, _) in found.items() if path is not None}
     missing = [file for file in entry.files if file not in paths]
     complaints = "; ".join(complaint for file in missing for complaint in found[file][1])
-    sources = [*([f"{mirror.rstrip('/')}/weights/{entry.id}"] if online else []), *remote(entry)]
+    sources = [*([f"{place}/weights/{entry.id}"] if isinstance(place, str) else []), *remote(entry)]
     if missing and sources:
         from cim_models.hub.download import Downloads
 

@@ -11,7 +11,7 @@ from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.entry import Golden, Part, key_digest
 from cim_models.hub.integrity import check_file
 from cim_models.hub.load import create_model, create_pretext
-from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.manifest import Manifest, known_manifest
 from cim_models.hub.store import read_header, released_files
 from cim_models.pretext.model import CIM
 
@@ -31,7 +31,7 @@ def verify(id: str, manifest: Manifest | None = None) -> dict[str, Any]:
     Raises:
         WeightsError: If there is no such entry, a file is missing or damaged, or with every field that differs.
     """
-    manifest = manifest or load_manifest()
+    manifest = manifest or known_manifest(id)
     entry = manifest.find(id)
     files = released_files(entry, manifest.root)
     for part, paths in files.items():
@@ -79,7 +79,7 @@ def verify_releases(names: tuple[str, ...] = (), /) -> list[str]:
     Raises:
         WeightsError: As `verify`.
     """
-    chosen = names or tuple(load_manifest().entries)
+    chosen = names or tuple(known_manifest().entries)
     return [f"{name}  {len(verify(name)['files'])} files, all as recorded" for name in chosen]
 
 
