@@ -1,5 +1,7 @@
-"""States of training: tensors and plain data as one file, whole or not there, read with its checksums, and compared."""
+"""Files of torch.save, read safely and with their checksums; states of training as such files, and compared."""
 
+import argparse
+import re
 import zipfile
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -24,6 +26,32 @@ def save_state(state: dict[str, Any], path: Path) -> None:
             raise OSError(f"is the disk full? {error}") from error
 
 
+def read_tensors(path: Path, mapped: bool = False) -> Any:
+    """Reads what `torch.save` wrote, compared with its checksums: tensors, plain data and flags of a command line.
+
+    Args:
+        path: The file.
+        mapped: Map tensors instead of reading them, where the file's format allows.
+
+    Raises:
+        ValueError: Saying in words what is wrong: the file is something else, damaged, or asks to run code.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it wrote
+                if wrong := archive.testzip():
+                    raise ValueError(f"wrong checksum of {wrong}")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
+    except Exception as error:  # the reader of a file from anywhere fails in any way
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(f"it asks to run {unsafe[1]}, which no weights need: save its tensors alone") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        foreign = "weights_only" in reason or isinstance(error, EOFError)
+        raise ValueError("not a file that torch.save wrote" if foreign else reason) from error
+
+
 def load_state(path: Path, of: str) -> dict[str, Any]:
     """Reads what `save_state` wrote, onto the CPU, as tensors and plain data only.
 
@@ -37,11 +65,8 @@ def load_state(path: Path, of: str) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no checkpoint to resume; leave --resume out to start a run here")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it wrote
-            if wrong := archive.testzip():
-                raise ValueError(f"wrong checksum of {wrong}")
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
+        return dict(read_tensors(path))
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of {of}, or damaged: {error}") from error
 
 

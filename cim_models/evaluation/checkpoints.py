@@ -1,6 +1,5 @@
 """A checkpoint file of any method → the weights of one timm encoder, all of them or an error."""
 
-import argparse
 import logging
 import re
 import sys
@@ -9,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cim_models.errors import WeightsError, some
+from cim_models.state import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -71,16 +71,9 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise WeightsError(f"there is no weights file {path}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of a file from anywhere fails in any way
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        reason = "not a file that torch.save wrote" if "weights_only" in reason else reason
-        what = f"asks to run {unsafe[1]}, which no weights need: save its tensors alone" if unsafe else reason
-        raise WeightsError(f"{path} cannot be read: {what}") from error
+        return load_file(path) if path.suffix == ".safetensors" else read_tensors(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,14 +1,12 @@
 """The authors' released checkpoints → our models and release folders.
 
-A released file is a pickle. It is read with `weights_only=True` and one class allowed by name, `argparse.Namespace`
-(the flags of the training command), so that a file from anywhere can be opened without running what it holds.
+A released file is a pickle, which `state.read_tensors` opens without running what it holds.
 """
 
 import argparse
 import logging
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -24,6 +22,7 @@ from cim_models.errors import CheckpointError, ConfigError, some
 from cim_models.hub.entry import Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from cim_models.pretext.model import CIM, PretextConfig
+from cim_models.state import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -254,24 +253,13 @@ def _entry(official: Official, kind: str, encoder: Literal["online", "target"], 
 
 
 def _load(path: Path) -> Any:
-    """The unpickled file, on the CPU, of tensors and plain data only; mapped where its format allows."""
+    """The unpickled file, or an error that names it."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    zipped = zipfile.is_zipfile(path)
     try:
-        damaged = zipfile.ZipFile(path).testzip() if zipped else None
-        if damaged:
-            raise CheckpointError(f"{path} is damaged in its part {damaged}: download it again")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the reader of a file from anywhere fails in any way
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        reason = ["not a file that torch.save wrote"] if "weights_only" in reason[0] else reason
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks to run {unsafe[1]}, which no weights need" if unsafe else f"cannot be read: {reason[0]}"
-        raise CheckpointError(f"{path} {what}; it is damaged, or not a released CIM checkpoint") from error
+        return read_tensors(path, mapped=True)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged, or not a released CIM checkpoint: {error}") from error
 
 
 def _describe_encoder(

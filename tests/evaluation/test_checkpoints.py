@@ -104,8 +104,14 @@ def test_what_does_not_fit_is_said(tmp_path, source):
     changed = {**tensors, "norm.weight": torch.ones(7)}
     refused("c.pth does not fit test_vit: size mismatch, norm.weight is .7,., not", changed)
     refused("asks to run .*fractions.Fraction", {"model": tensors, "x": __import__("fractions").Fraction(1, 2)})
-    (tmp_path / "c.pth").write_bytes(b"no weights at all")
-    refused("c.pth cannot be read: not a file that torch.save wrote")
+    torch.save(tensors, tmp_path / "c.pth")
+    content = bytearray((tmp_path / "c.pth").read_bytes())
+    content[content.index(tensors["norm.weight"].numpy().tobytes())] ^= 1
+    (tmp_path / "c.pth").write_bytes(content)
+    refused("c.pth cannot be read: wrong checksum of .*data/")
+    for content in (b"no weights at all", b""):
+        (tmp_path / "c.pth").write_bytes(content)
+        refused("c.pth cannot be read: not a file that torch.save wrote")
 
 
 def test_an_encoder_is_opened_with_them(tmp_path, source, run):
