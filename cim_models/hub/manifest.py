@@ -151,7 +151,7 @@ def _of_mirror(place: Path | str, access: Access) -> Mapping[str, Entry]:
         return load_manifest(place).entries if (place / NAME).is_file() else {}
     from cim_models.hub.cache import Cache
     from cim_models.hub.remote import Source, small_text
-    from cim_models.hub.waiting import Patience, Unreachable
+    from cim_models.hub.waiting import Missing, Patience, Unreachable
 
     cache, kept, where = Cache(access), f"mirror/{quote(place, safe='')}/{NAME}", f"{place}/{NAME}"
     content = cache.read(kept)
@@ -163,9 +163,7 @@ def _of_mirror(place: Path | str, access: Access) -> Mapping[str, Entry]:
             if content is None:
                 raise
             logger.warning("%s; used what it was when it was last asked for", error)
-        except WeightsError as error:
-            if getattr(getattr(error.__cause__, "response", None), "status_code", 0) != 404:
-                raise
+        except Missing:
             return {}
     if content is None:
         raise cache.lacks(where)

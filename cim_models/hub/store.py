@@ -26,6 +26,12 @@ from cim_models.hub.names import Name, parse_name
 MODEL = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 """Names of an encoder's files in a release folder; any of them stands for all."""
 
+READ = (
+    "without an entry of this package in config.json, weights are read from one model.safetensors beside it, as timm "
+    "writes them: make one of several files or of another format with safetensors.torch.save_file, and give it as "
+    "weights=FILE"
+)
+
 logger = logging.getLogger(__name__)
 
 
@@ -276,6 +282,7 @@ def _from_hub(given: Name, access: Access) -> Weights:
     """A repository on the Hub at a revision: one of our releases, or what timm wrote for one of our architectures."""
     from cim_models.hub.download import Downloads
     from cim_models.hub.remote import Source, commit_of, described, small_file
+    from cim_models.hub.waiting import Missing
 
     downloads = Downloads((), access)
     cache, patience = downloads.cache, downloads.patience
@@ -285,7 +292,10 @@ def _from_hub(given: Name, access: Access) -> Weights:
     config = _parsed(small_file(source, "config.json", cache, patience), f"config.json of {source.name}")
 
     def obtain(files: Sequence[WeightFile]) -> list[Path]:
-        files = [file if file.size else described(source, file.path, cache, patience) for file in files]
+        try:
+            files = [file if file.size else described(source, file.path, cache, patience) for file in files]
+        except Missing as error:
+            raise WeightsError(f"{error}: {READ}") from error
         return list(downloads.obtain(files).values())
 
     return _from_config(config, source.name, obtain, ours=True)
@@ -303,6 +313,8 @@ def _from_folder(folder: Path) -> Weights:
         path = folder / Path(file.path).name
         if file.size:
             check_file(path, file)
+        elif not path.is_file():
+            raise WeightsError(f"there is no {path}: {READ}")
         return path
 
     def obtain(files: Sequence[WeightFile]) -> list[Path]:
@@ -343,12 +355,14 @@ def _from_config(
             raise WeightsError(str(error)) from error
         files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
         return replace(Weights.of(entry, files, name=name, ours=ours), labels=labels)
+    if "architecture" not in config:
+        raise WeightsError(f"{name}: config.json names no architecture, as this package and timm do")
     model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
     cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
     cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
     return Weights(
         name=name,
-        architecture=str(config.get("architecture")),
+        architecture=str(config["architecture"]),
         files={"backbone": tuple(obtain([WeightFile("model.safetensors", "backbone", 0, "")]))},
         model_args=model_args,
         preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,

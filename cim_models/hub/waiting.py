@@ -20,6 +20,10 @@ class Unreachable(WeightsError):
     """A server that does not answer, or says that it cannot now."""
 
 
+class Missing(WeightsError):
+    """A file, a revision or a repository of which the server says that there is none (404)."""
+
+
 class Passing(Exception):
     """A trouble that may pass; its text says what it was."""
 
@@ -63,6 +67,7 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience) -> R
 
     Raises:
         Unreachable: If there is no answer, or 429 or 5xx, for ever.
+        Missing: If there is no such thing.
         WeightsError: If the answer is no; `explain` says what to do.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -80,7 +85,7 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience) -> R
         except HfHubHTTPError as error:
             code = error.response.status_code if error.response is not None else 0
             if code != 429 and code < 500:
-                raise WeightsError(f"{what}: {explain(error)}") from error
+                raise (Missing if code == 404 else WeightsError)(f"{what}: {explain(error)}") from error
             trouble, said = error, f"the server answers {code}"
         except (HFValidationError, httpx.InvalidURL) as error:
             raise WeightsError(f"{what}: {error}") from error

@@ -135,6 +135,8 @@ def test_private_and_gated(published, hub, commit):
         ("hf-hub:org/odd", "cim_models: missing field"),
         ("hf-hub:org/stock", "holds weights of vit_tiny_patch16_224, which is not of this package"),
         ("hf-hub:org/bare", r"model.safetensors of hf-hub:org/bare@[0-9a-f]{40}: there is no such file"),
+        ("hf-hub:org/shards", r"model.safetensors of hf-hub:org/shards@.*one model.safetensors.*weights=FILE"),
+        ("hf-hub:org/other", "hf-hub:org/other@[0-9a-f]{40}: config.json names no architecture"),
     ],
 )
 def test_repositories_that_hold_something_else(published, hub, name, message):
@@ -144,6 +146,10 @@ def test_repositories_that_hold_something_else(published, hub, name, message):
     hub.add("org/odd", {"config.json": b'{"cim_models": {"id": "x"}}'})
     hub.add("org/stock", {"config.json": b'{"architecture": "vit_tiny_patch16_224"}', "model.safetensors": b"x"})
     hub.add("org/bare", {"config.json": b'{"architecture": "cim_vit_tiny"}'})
+    shard, index = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+    files = {shard: b"x", index: b'{"weight_map": {"x": "%s"}}' % shard.encode()}
+    hub.add("org/shards", {"config.json": b'{"architecture": "cim_vit_tiny"}', **files})
+    hub.add("org/other", {"config.json": b'{"model_type": "vit"}', "model.safetensors": b"x"})
     with pytest.raises(WeightsError, match=message):
         create_model(name)
 

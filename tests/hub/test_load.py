@@ -258,6 +258,7 @@ def test_weights_of_another_architecture(released, tmp_path):
         create_model(other, weights=manifest.root / "weights" / entry.id)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text('{"architecture": "resnet50"}')
+    (tmp_path / "foreign" / "model.safetensors").touch()
     with pytest.raises(WeightsError, match="holds weights of resnet50, which is not of this package"):
         create_model(f"local-dir:{tmp_path / 'foreign'}")
 

@@ -185,6 +185,11 @@ def test_a_folder_that_timm_wrote(tmp_path):
         },
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").touch()
+    for place in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        with pytest.raises(WeightsError, match=f"no {tmp_path}/model.safetensors: .*several files.*weights=FILE"):
+            resolve(place)
+    (tmp_path / "model.safetensors").touch()
     found = resolve(tmp_path)
     assert found.architecture == "cim_vit_tiny" and found.model_args == {"img_size": 64}
     assert found.preprocessing.mean == (0.5, 0.5, 0.5) and found.files["backbone"] == (tmp_path / "model.safetensors",)
