@@ -23,10 +23,10 @@ from cim_models.hub.entry import Entry, WeightFile, read_entry
 from cim_models.hub.integrity import check_file
 from cim_models.hub.manifest import Manifest, load_manifest, read_json, write_manifest
 from cim_models.hub.remote import Source, digest_is
-from cim_models.hub.waiting import Patience, explain, persist
+from cim_models.hub.waiting import IDLE, STEP, Patience, explain, persist
 
 ANSWER = 60.0
-"""Seconds that an upload waits for an answer."""
+"""Seconds that an upload waits for an answer to what it has sent: a commit takes the Hub a while."""
 
 
 def publish(
@@ -225,7 +225,7 @@ def _errors(what: str) -> Iterator[None]:
     from huggingface_hub.utils import get_session, httpx
 
     session = get_session()
-    before, session.timeout = session.timeout, httpx.Timeout(ANSWER)
+    before, session.timeout = session.timeout, httpx.Timeout(ANSWER, connect=STEP, write=IDLE)
     again = "nothing is recorded; run the command again"
     try:
         yield

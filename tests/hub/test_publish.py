@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import get_session
 from loopback import FOREVER, TOKEN
 
 from cim_models.cli import main
@@ -165,6 +166,17 @@ def test_what_fails_is_not_recorded_and_can_be_run_again(hub, root, trouble):
     hub.faults.clear()
     publish(ID, repo="org/name", root=root)
     assert_published(hub, root)
+
+
+def test_no_request_waits_for_ever(hub, root):
+    """As the client's own would, which has no timeouts; it is as it was afterwards."""
+    seen = []
+    before = get_session().timeout
+    hub.fault("PUT", first=lambda: seen.append(get_session().timeout))
+    publish(ID, repo="org/name", root=root)
+    (during,) = seen
+    assert (during.connect, during.write, during.read) == (8, 15, 60)
+    assert get_session().timeout == before
 
 
 def test_a_commit_of_somebody_else_is_not_lost(hub, root):
