@@ -122,7 +122,7 @@ class Source:
                             return  # it is not the file
 
         patience.size = 0
-        persist(f"{name} of {self.name}", ask, patience)
+        persist(f"{name} of {self.name}", ask, patience, effects=True)
 
 
 def commit_of(repository: str, revision: str, access: Access, cache: Cache, patience: Patience) -> str:

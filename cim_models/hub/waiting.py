@@ -1,7 +1,11 @@
 """How long a server that says nothing is waited for, and what is tried again. Needs no torch."""
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as OutOfTime
+from functools import partial
 from typing import Any, TypeVar
 
 from cim_models.errors import WeightsError
@@ -57,13 +61,31 @@ class Patience:
         return self.left > 0
 
 
-def persist(what: str, call: Callable[[float], Result], patience: Patience) -> Result:
+def _in_time(call: Callable[[], Result], seconds: float) -> Result:
+    """What a call gives, in a thread that is left behind when it takes longer: no timeout reaches a name server."""
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except OutOfTime:
+        raise Passing(f"the server cannot be reached: no answer in {seconds:.0f} s, perhaps of a name server") from None
+
+
+def persist(what: str, call: Callable[[float], Result], patience: Patience, effects: bool = False) -> Result:
     """Makes a request, again after troubles that may pass, until patience runs out.
 
     Args:
         what: It is for, in messages.
         call: Makes it, given the seconds that it may wait for an answer.
         patience: Renewed by every answer, and by a call that renews it itself.
+        effects: The call writes something, so it is waited for, whatever it does.
 
     Raises:
         Unreachable: If there is no answer, or 429 or 5xx, for ever.
@@ -77,7 +99,8 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience) -> R
     while True:
         before = patience.until
         try:
-            result = call(max(0.1, min(STEP, patience.left)))
+            wait = max(0.1, min(STEP, patience.left))
+            result = call(wait) if effects else _in_time(partial(call, wait), patience.left + 1)
             patience.renew()
             return result
         except OfflineModeIsEnabled as error:

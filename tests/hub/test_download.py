@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -153,6 +155,21 @@ def test_nobody_waits_long_for_a_server_that_is_down(hub, published, monkeypatch
     with pytest.raises(WeightsError, match="cannot be reached"):
         resolve(entry.id, manifest=manifest)
     assert time.monotonic() - start < 30
+
+
+def test_a_name_server_that_is_silent(hub, published, monkeypatch):
+    """The system waits for one half a minute or longer, and tells nobody how to make that shorter."""
+    manifest, entry, contents = published
+    answers, ask = threading.Event(), socket.getaddrinfo
+    with monkeypatch.context() as context:
+        context.setattr(socket, "getaddrinfo", lambda *args, **kwargs: answers.wait(60) and ask(*args, **kwargs))
+        for name in (entry.id, "hf-hub:org/name"):
+            start = time.monotonic()
+            with pytest.raises(WeightsError, match="cannot be reached: no answer in [34] s, perhaps of a name"):
+                resolve(name, manifest=manifest)
+            assert time.monotonic() - start < 20
+    answers.set()
+    assert read(resolve(entry.id, manifest=manifest)) == contents
 
 
 def test_down_without_a_cache(hub, published):
