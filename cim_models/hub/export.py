@@ -126,7 +126,7 @@ class _Maps(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = encode(self.encoder, images)
-        return tokens.patches.transpose(1, 2).reshape(len(images), -1, *tokens.grid)
+        return tokens.patches.transpose(1, 2).unflatten(2, tokens.grid)
 
 
 def _multiple(encoder: nn.Module) -> tuple[int, int]:

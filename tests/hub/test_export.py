@@ -83,6 +83,20 @@ def test_images_of_any_size_and_number(runtime, encoder_file, architecture, tmp_
             np.testing.assert_allclose(found, encoder(images[:, :, :64]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", list(SMALL))
+def test_maps_of_images_of_any_size_and_number(runtime, encoder_file, architecture, tmp_path):
+    path = encoder_file(architecture, **SMALL[architecture])
+    made = export(str(path), to=tmp_path / "model.onnx", any_size=True, output="map")
+    session = runtime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
+    encoder = create_model(path).eval()
+    for shape in ((1, 3, 96, 64), (3, 3, 64, 160)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = encoder.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)[-1]
+            (found,) = session.run(None, {"images": images.numpy()})
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4, err_msg=str(shape))
+
+
 def test_maps_of_a_release_and_its_preprocessing(runtime, release, tmp_path):
     manifest, entry = release()
     folder = manifest.root / "weights" / entry.id
