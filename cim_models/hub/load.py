@@ -177,7 +177,7 @@ def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any)
         is_training: timm's random augmentation instead of the evaluation crop.
         kwargs: Anything that `timm.data.create_transform` takes; `img_size` is short for a square `input_size`.
     """
-    config = resolve_data_config(kwargs, model=getattr(model, "online", model))
+    config = resolve_data_config(kwargs, pretrained_cfg=getattr(model, "online", model).pretrained_cfg)
     kwargs.pop("img_size", None)
     transform = timm_transform(**{**config, **kwargs}, is_training=is_training)
     first = transform[0] if isinstance(transform, tuple) else transform

@@ -329,6 +329,7 @@ def test_transform_belongs_to_the_weights(released):
     assert create_transform(model, is_training=True, hflip=0.0)(picture).shape == (3, 64, 64)
     features = create_model(entry.id, pretrained=True, features_only=True, out_indices=(1,), manifest=manifest)
     assert torch.equal(create_transform(features)(picture), expected)
+    assert torch.equal(create_transform(torch.compile(model))(picture), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "F"])
