@@ -1,6 +1,7 @@
 """Files that appear only when they are complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +10,25 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cim_models.errors import CimModelsError, ConfigError
+
+
+def check_writable(path: str | Path, kind: type[CimModelsError] = ConfigError) -> None:
+    """Says at once that a file cannot be written, before hours are spent on what shall be in it; makes nothing.
+
+    Raises:
+        CimModelsError: Of that kind, if it is a folder, or lies in one that cannot be written to.
+    """
+    path = Path(path)
+    folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
+    if path.is_dir():
+        reason = errno.EISDIR
+    elif not folder.is_dir():
+        reason = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = errno.EACCES
+    else:
+        return
+    raise kind(f"{path}: cannot be written: {os.strerror(reason)}")
 
 
 @contextlib.contextmanager
@@ -26,6 +46,7 @@ def replacing(path: str | Path, kind: type[CimModelsError] = ConfigError) -> Ite
         CimModelsError: Of that kind, if it cannot be written.
     """
     path = Path(path)
+    check_writable(path, kind)
     folder = path.with_name(f".{path.name}.tmp")
     temporary = folder / path.name
     try:

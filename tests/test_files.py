@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cim_models.errors import CheckpointError, ConfigError
-from cim_models.files import replacing
+from cim_models.files import check_writable, replacing
 
 
 def fill(path, kind: str):
@@ -53,6 +53,27 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         raise AssertionError("nothing to write to")
 
 
+@pytest.mark.parametrize("name", ["..", "deep", "deep/..", "/"])
+def test_a_folder_is_no_file(tmp_path, name):
+    (tmp_path / "deep" / "inside").mkdir(parents=True)
+    path = tmp_path / name
+    with pytest.raises(CheckpointError, match=": cannot be written: Is a directory"), replacing(path, CheckpointError):
+        raise AssertionError("nothing to write to")
+    assert names(tmp_path) == ["deep"]
+
+
+@pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="needs a user who may not write everywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="file: cannot be written: Permission denied"):
+        check_writable(tmp_path / "deep" / "file")
+
+
+def test_what_can_be_written_is_not_made(tmp_path):
+    check_writable(tmp_path / "deep" / "file")
+    assert not names(tmp_path)
+
+
 def test_errors_of_others_are_not_ours(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"), replacing(tmp_path / "file"):
         (tmp_path / "elsewhere").read_bytes()
@@ -78,7 +99,7 @@ def test_what_a_kill_left_is_gone_with_the_next_writing(tmp_path):
     path = tmp_path / "file"
     code = f"""
 import os, pathlib
-from cim_models.files import replacing
+from cim_models.files import check_writable, replacing
 with replacing(pathlib.Path({str(path)!r})) as new:
     (new.parent / ".tmpAbCdEf").write_bytes(b"half")
     os.kill(os.getpid(), 9)

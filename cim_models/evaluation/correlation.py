@@ -14,6 +14,7 @@ from cim_models.evaluation.encoders import describe, open_pretext
 from cim_models.evaluation.locate import square
 from cim_models.evaluation.protocol import Report, command_of
 from cim_models.evaluation.splits import fingerprint
+from cim_models.files import check_writable
 from cim_models.images import find_images, read_image
 from cim_models.pretext import views
 from cim_models.pretext.exemplars import ExemplarConfig
@@ -62,6 +63,7 @@ def correlation(
     command = command_of("evaluate correlation", correlation, locals())
     if batch_size < 2:
         raise ConfigError(f"batch_size={batch_size}: must be 2 or more, since images exchange their exemplars")
+    check_writable(out)
     paths = find_images(images)
     paths = [paths[i * len(paths) // limit] for i in range(limit)] if limit and limit < len(paths) else paths
     if len(paths) < 2:

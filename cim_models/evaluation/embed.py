@@ -13,7 +13,7 @@ from cim_models.errors import DataError
 from cim_models.evaluation.encoders import DEFAULT_MODEL, describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Features, Pooling, Precision, extract
 from cim_models.evaluation.rows import RowWriter
-from cim_models.files import replacing
+from cim_models.files import check_writable, replacing
 from cim_models.images import find_images
 from cim_models.processes import launched
 
@@ -73,6 +73,8 @@ def embed(
         WeightsError: If the model cannot be loaded.
     """
     processes, out = launched(), Path(out)
+    if processes.first:
+        check_writable(out)
     files = find_images(images)
     encoder = open_encoder(model, device=device or processes.device)
     about = {**describe(encoder, model), "pooling": pooling, "precision": precision}

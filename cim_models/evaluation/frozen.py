@@ -14,6 +14,7 @@ from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
 from cim_models.evaluation.protocol import Report
 from cim_models.evaluation.splits import check_same_classes, read_split
+from cim_models.files import check_writable
 from cim_models.processes import Processes, launched
 
 
@@ -88,6 +89,7 @@ def frozen_features(
     model: str,
     train: Path,
     val: Path,
+    out: Path,
     config: FrozenConfig,
     *,
     weights: str | None,
@@ -103,14 +105,16 @@ def frozen_features(
         DataError: If a split has fewer than two classes or an empty one, the two differ in their classes, a listed
             image does not exist, no image of a class can be read, or features are not finite; the message names the
             path.
-        ConfigError: If a setting cannot work.
+        ConfigError: If a setting cannot work, or `out`, where the report shall lie, cannot be written.
         WeightsError: If there are no such weights, or they do not fit.
     """
     if config.pooling == "dense":
         raise ConfigError("pooling='dense' gives no vector per image: use patches, class or both")
+    processes = launched()
+    if processes.first:
+        check_writable(out)
     splits = {"train": read_split(train, limit_per_class), "val": read_split(val, limit_per_class)}
     check_same_classes(*splits.values())
-    processes = launched()
     encoder = open_encoder(
         model, weights=weights, random_init=random_init, seed=config.seed, image_size=image_size,
         device=config.device or processes.device,

@@ -161,7 +161,7 @@ def knn(
     """
     command = command_of("evaluate knn", knn, locals())
     frozen = frozen_features(
-        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        model, train, val, out, config, weights=weights, random_init=random_init, image_size=image_size,
         limit_per_class=limit_per_class,
     )  # fmt: skip
 

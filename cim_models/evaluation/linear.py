@@ -77,7 +77,7 @@ def linear(
     if epochs < 1 or not lrs or min(lrs) <= 0:
         raise ConfigError(f"epochs={epochs}, lrs={lrs}: give at least one epoch and learning rates above 0")
     frozen = frozen_features(
-        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        model, train, val, out, config, weights=weights, random_init=random_init, image_size=image_size,
         limit_per_class=limit_per_class,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ def lowshot(
             f"shares={shares}, shots={shots}, draws={draws}: shares lie in (0, 1], the others are above 0"
         )
     frozen = frozen_features(
-        model, train, val, config, weights=weights, random_init=random_init, image_size=image_size,
+        model, train, val, out, config, weights=weights, random_init=random_init, image_size=image_size,
         limit_per_class=limit_per_class,
     )  # fmt: skip
 

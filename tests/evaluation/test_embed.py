@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,17 +84,19 @@ def test_a_list_keeps_its_order(tmp_path, photographs, run):
     assert load_features(tmp_path / "f.safetensors")[1] == [str(path) for path in paths]
 
 
-def test_what_cannot_be_is_said(tmp_path, photographs, run):
+def test_what_cannot_be_is_said(tmp_path, photographs, run, monkeypatch):
     folder = photographs(11, 80)
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file" / "f.safetensors", tmp_path):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path / "file" / "f.safetensors", tmp_path / "folder", Path(".")):
         with pytest.raises(ConfigError, match="cannot be written"):
             embed(folder, str(run), out, workers=0)
     with pytest.raises(ConfigError, match="device 'teapot'"):
         embed(folder, str(run), tmp_path / "f.safetensors", device="teapot")
     with pytest.raises(WeightsError, match="timm cannot load"):
         embed(folder, "resnet18.no_such_tag", tmp_path / "f.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path, photographs, run):

@@ -2,6 +2,7 @@
 
 import shutil
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cim_models import evaluation
 from cim_models.cli import COMMANDS
-from cim_models.errors import DataError
+from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.encoders import open_encoder
 from cim_models.evaluation.features import extract_all
 from cim_models.evaluation.frozen import FrozenConfig
@@ -31,9 +32,8 @@ def measure(request, splits, run):
 
     def call(model=str(run), config=None, **options):
         folders = (options.pop("train", splits / "train"), options.pop("val", splits / "val"))
-        return function(
-            model, *folders, splits / "out.json", config=FrozenConfig(workers=0, **(config or {})), **few, **options
-        )
+        out = options.pop("out", splits / "out.json")
+        return function(model, *folders, out, config=FrozenConfig(workers=0, **(config or {})), **few, **options)
 
     return call
 
@@ -44,6 +44,16 @@ def test_a_class_that_cannot_be_read(splits, measure):
     with pytest.raises(DataError, match=r"val/odd/.*jpg: not an image; no image of the class 'odd' in .*val"):
         measure()
     assert not (splits / "out.json").exists()
+
+
+@pytest.mark.parametrize("out", [".", "folder", "file/out.json"])
+def test_a_report_that_cannot_be_written_is_said_before_anything_is_measured(splits, measure, monkeypatch, out):
+    (splits / "folder").mkdir()
+    (splits / "file").write_bytes(b"")
+    monkeypatch.chdir(splits)
+    with pytest.raises(ConfigError, match=f"{out}: cannot be written"):
+        measure("resnet18", out=Path(out), config={"cache": splits / "cache"}, random_init=True)
+    assert not (splits / "cache").exists()
 
 
 def test_classes_that_differ(splits, measure):
