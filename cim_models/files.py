@@ -1,7 +1,6 @@
 """Files that appear only when they are complete."""
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,14 +20,14 @@ def check_writable(path: str | Path, kind: type[CimModelsError] = ConfigError) -
     path = Path(path)
     folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
     if path.is_dir():
-        reason = errno.EISDIR
+        reason = "Is a directory"
     elif not folder.is_dir():
-        reason = errno.ENOTDIR
+        reason = f"{folder} is no folder"
     elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = errno.EACCES
+        reason = f"no permission to write in {folder}, or it is read-only"
     else:
         return
-    raise kind(f"{path}: cannot be written: {os.strerror(reason)}")
+    raise kind(f"{path}: cannot be written: {reason}")
 
 
 @contextlib.contextmanager

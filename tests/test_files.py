@@ -65,7 +65,7 @@ def test_a_folder_is_no_file(tmp_path, name):
 @pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="needs a user who may not write everywhere")
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="file: cannot be written: Permission denied"):
+    with pytest.raises(ConfigError, match="file: cannot be written: no permission to write in"):
         check_writable(tmp_path / "deep" / "file")
 
 
