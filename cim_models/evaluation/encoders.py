@@ -15,7 +15,7 @@ from cim_models.backbones import ARCHITECTURES, build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.evaluation.checkpoints import load_checkpoint
 from cim_models.hub.load import create_model, create_pretext
-from cim_models.hub.names import close_to, parse_name
+from cim_models.hub.names import folder_or_close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.provenance import seen_by
 from cim_models.hub.store import Weights, resolve
@@ -129,7 +129,7 @@ def _is_of_timm(model: str) -> bool:
     if asked.source != "registry" or name in ARCHITECTURES:
         return False
     if not timm.is_model(name):
-        hint = close_to(name, ARCHITECTURES, others=timm.list_models())
+        hint = folder_or_close_to(asked, ARCHITECTURES, others=timm.list_models())
         raise ConfigError(f"no model, in timm neither, is named {name!r}{hint}")
     return True
 

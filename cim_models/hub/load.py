@@ -24,7 +24,7 @@ from cim_models.hub import fit
 from cim_models.hub.access import Access
 from cim_models.hub.entry import Part
 from cim_models.hub.manifest import Manifest, known_manifest
-from cim_models.hub.names import Name, close_to, parse_name
+from cim_models.hub.names import Name, folder_or_close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.store import Weights, resolve
 from cim_models.images import to_rgb
@@ -223,7 +223,7 @@ def _parse(name: str | Path) -> Name:
     """A name whose architecture, if it says one, exists."""
     asked = parse_name(name, ARCHITECTURES)
     if asked.source == "registry" and asked.architecture not in ARCHITECTURES:
-        hint = close_to(asked.architecture, ARCHITECTURES)
+        hint = folder_or_close_to(asked, ARCHITECTURES)
         raise ConfigError(f"no architecture is named {asked.architecture!r}{hint}")
     return asked
 

@@ -76,6 +76,13 @@ def _meant(scheme: str, rest: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}:{rest}?" if close else "there are hf-hub:org/name and local-dir:PATH"
 
 
+def folder_or_close_to(asked: Name, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """The end of a message about an unknown model: the folder that is called so, or what `close_to` finds."""
+    if Path(asked.id).exists():
+        return f": did you mean ./{asked.id}, which exists?"
+    return close_to(asked.architecture, known, others)
+
+
 def close_to(text: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
     """The end of a message about an unknown name: what was probably meant, or all that there is but too many others."""
     known = list(known)

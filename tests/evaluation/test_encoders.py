@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from cim_models.backbones import build
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.evaluation.encoders import describe, open_encoder, open_pretext
+from cim_models.hub.load import create_model
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -20,6 +21,17 @@ def test_a_run_directory_and_each_of_its_encoders(run):
         expected = load_file(run / f"{name}.safetensors")
         assert not encoder.training and all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
         assert describe(encoder, "x")["transform"]["input_size"] == (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.first"])
+@pytest.mark.parametrize("opens", [open_encoder, open_pretext, create_model])
+def test_a_folder_that_is_called_like_a_model(run, tmp_path, monkeypatch, opens, name):
+    """A name without slashes is no path; the error says how to write one, and that opens the folder."""
+    (tmp_path / name).symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"did you mean \./{name}, which exists\?"):
+        opens(name)
+    opens(f"./{name}")
 
 
 def test_random_weights_have_the_same_form_and_transform(run):
