@@ -176,8 +176,14 @@ def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any)
         model: A timm model or a `CIM`.
         is_training: timm's random augmentation instead of the evaluation crop.
         kwargs: Anything that `timm.data.create_transform` takes; `img_size` is short for a square `input_size`.
+
+    Raises:
+        ConfigError: If it is another model, such as one that wraps them.
     """
-    config = resolve_data_config(kwargs, pretrained_cfg=getattr(model, "online", model).pretrained_cfg)
+    known = getattr(getattr(model, "online", model), "pretrained_cfg", None)
+    if known is None:
+        raise ConfigError(f"{type(model).__name__} does not know its preprocessing: give the timm model in it")
+    config = resolve_data_config(kwargs, pretrained_cfg=known)
     kwargs.pop("img_size", None)
     transform = timm_transform(**{**config, **kwargs}, is_training=is_training)
     first = transform[0] if isinstance(transform, tuple) else transform

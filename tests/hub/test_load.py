@@ -330,6 +330,8 @@ def test_transform_belongs_to_the_weights(released):
     features = create_model(entry.id, pretrained=True, features_only=True, out_indices=(1,), manifest=manifest)
     assert torch.equal(create_transform(features)(picture), expected)
     assert torch.equal(create_transform(torch.compile(model))(picture), expected)
+    with pytest.raises(ConfigError, match="Sequential does not know its preprocessing: give the timm model in it"):
+        create_transform(torch.nn.Sequential(model))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "F"])
