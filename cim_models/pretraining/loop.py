@@ -140,7 +140,6 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
                 if main and states:
                     is_last = done == plan.steps or bool(points.received)
                     save(plan, done, states, views, output.logits, is_last)
-                accelerator.wait_for_everyone()
                 points.end_if_asked()
 
     atexit.register(accelerator.state.destroy_process_group)  # the processes stay together for another run

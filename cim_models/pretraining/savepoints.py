@@ -18,7 +18,7 @@ class SavePoints:
     """The steps after which a run saves, the same ones in all processes.
 
     While it is entered, SIGINT and SIGTERM are noted in place of ending the process; `end_if_asked` does, after the
-    save, what the signal would have done.
+    save, what the signal would have done: in all processes, whichever of them noted it.
 
     Args:
         config: Of the run.
@@ -61,16 +61,19 @@ class SavePoints:
         return reached
 
     def end_if_asked(self) -> None:
-        """Does what the signal that was noted would have done.
+        """Does what the signal that was noted would have done; a handler of the caller's may let the run go on.
 
         Raises:
             KeyboardInterrupt: By Python's own handler of SIGINT.
             SystemExit: In place of the system's own way to end a process, so that files are closed and readers end.
         """
-        if not self.received:
+        asked = self.agree(self.received)
+        if not asked:
             return
-        before = self.before.get(signal.Signals(self.received), signal.SIG_DFL)
+        before = self.before.get(signal.Signals(asked), signal.SIG_DFL)
         self.__exit__()
         if before == signal.SIG_DFL:
-            raise SystemExit(128 + self.received)
-        signal.raise_signal(self.received)
+            raise SystemExit(128 + asked)
+        signal.raise_signal(asked)
+        self.received = 0
+        self.__enter__()

@@ -49,6 +49,18 @@ def test_only_the_first_process_has_a_clock_and_all_follow_it(clock, monkeypatch
         assert [point.received for point in points] == [signal.SIGTERM, signal.SIGTERM]
 
 
+def test_a_signal_that_one_process_notes_during_a_save_ends_all(monkeypatch):
+    said = []
+    monkeypatch.setattr(savepoints, "agreement", lambda processes: lambda number: said.append(number) or max(said))
+    points = [SavePoints(PretrainConfig(save_every=1), 1000, rank, 2) for rank in range(2)]
+    with points[1]:  # the other one heard nothing
+        assert [point.reached(1) for point in points] == [True, True]
+        signal.raise_signal(signal.SIGTERM)
+        for point in reversed(points):
+            with pytest.raises(SystemExit, match="143"):
+                point.end_if_asked()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_the_process_ignores_is_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)
@@ -76,15 +88,17 @@ def test_a_signal_ends_the_run_after_its_save(number, error):
     assert signal.getsignal(number) == before
 
 
-def test_handlers_of_the_caller_are_called():
+def test_handlers_of_the_caller_are_called_and_may_let_the_run_go_on():
     called = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
     try:
         with SavePoints(PretrainConfig(), steps=1000) as points:
-            signal.raise_signal(signal.SIGTERM)
-            assert points.reached(1) and not called
-            points.end_if_asked()
-        assert called == [signal.SIGTERM]
+            for step in (1, 3):
+                signal.raise_signal(signal.SIGTERM)
+                assert points.reached(step) and not called
+                points.end_if_asked()
+                assert called == [signal.SIGTERM] and not points.reached(step + 1)
+                called.clear()
     finally:
         signal.signal(signal.SIGTERM, before)
 
