@@ -28,13 +28,16 @@ class Log:
 
     Raises:
         ConfigError: If the folder cannot be made, or TensorBoard is asked for and not there.
-        CheckpointError: If nothing can be written there.
+        CheckpointError: If nothing can be written there, or the log of a run that goes on is damaged.
     """
 
     def __init__(self, directory: Path, config: PretrainConfig, start: int, enabled: bool) -> None:
         self.path, self.enabled, self.events = directory / "log.jsonl", enabled, None
         lines = self.path.read_bytes().splitlines(keepends=True) if start and self.path.is_file() else []
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= start]
+        try:
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= start]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged: repair it, or remove it to go on without it") from error
         self.skipped = [record["skipped"] for record in map(json.loads, kept) if "skipped" in record]
         """Images that the kept lines name as unreadable."""
         if not enabled:
@@ -53,7 +56,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ConfigError("tensorboard is not installed: pip install 'cim-models[tensorboard]'") from error
-            self.events = SummaryWriter(str(directory), purge_step=start)
+            self.events = SummaryWriter(str(directory), purge_step=start + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record, whole or not at all."""

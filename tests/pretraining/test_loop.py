@@ -31,6 +31,7 @@ from cim_models.pretraining import loop, schedules
 from cim_models.pretraining.build import build
 from cim_models.pretraining.config import PretrainConfig, load_recipe, to_dict
 from cim_models.pretraining.data import GlobalBatches, Pictures, loader
+from cim_models.pretraining.log import Log
 from cim_models.pretraining.loop import pretrain
 from cim_models.pretraining.readers import Files
 
@@ -132,6 +133,26 @@ def test_tensorboard_shows_the_log(finished):
         shown = events.Scalars(name)
         assert [event.step for event in shown] == [1, 2, 3, 4]
         assert [event.value for event in shown] == pytest.approx([line[name] for line in lines])
+
+
+def test_tensorboard_shows_a_run_that_went_on(tmp_path):
+    """What was shown up to the checkpoint stays, what came after it is replaced."""
+    for start, loss in ((0, 1.0), (2, 2.0)):
+        log = Log(tmp_path, PretrainConfig(tensorboard=True), start, enabled=True)
+        for step in range(start + 1, 5 if start else 4):
+            log.write({"step": step, "loss": loss})
+        log.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+
+
+def test_a_damaged_log_is_named_before_it_is_replaced(tmp_path):
+    for content in (b'{"step": 1}\n\0\0\n', b'{"loss": 1}\n', b"[]\n"):
+        (tmp_path / "log.jsonl").write_bytes(content)
+        with pytest.raises(CheckpointError, match="log.jsonl is damaged: repair it, or remove it to go on without it"):
+            Log(tmp_path, PretrainConfig(), 1, enabled=True)
+        assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
 def test_a_run_is_not_overwritten(finished):
