@@ -133,7 +133,8 @@ def load(
     before = {**flat(to_dict(PretrainConfig())), **BEFORE, **flat(saved)}  # a newer field was unset
     for values in (now, before):
         values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
-    if order is not None and state.get("order") == list(order):
+    known = state.get("order")  # unless an older version wrote it
+    if order is not None and known == list(order):
         for name in ("optimiser.batch_size", "optimiser.accumulation"):  # another split of the same steps
             before[name] = now[name]
     if different := differences(before, now, ignored=NOT_COMPARED):
@@ -142,6 +143,11 @@ def load(
         raise CheckpointError(
             f"{path} is of a run of {total} steps, now there would be {steps}: the images or the number of processes "
             "are not the same"
+        )
+    if order is not None and known and known != list(order):
+        raise CheckpointError(
+            f"{path} is of a run of {known[0]} images a step and {known[1]} an epoch, now there would be {order[0]} and "
+            f"{order[1]}: the images or the number of processes are not the same"
         )
     try:
         shards = cim.state_dict()
