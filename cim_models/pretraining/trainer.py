@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather
 from torch import Tensor
 
 from cim_models import precision
@@ -36,7 +37,7 @@ class Trainer:
         self.autocast = precision.autocast(device, config.precision)
         self.sharded = config.shard and processes > 1
         self.cim = place(cim, config, device, processes)
-        self.cim.gather = lambda x: (accelerator.gather(x), rank * len(x))
+        self.cim.gather = lambda x: (gather(x), rank * len(x))
         self.optimiser = accelerator.prepare(adamw(self.cim, config.optimiser, device))
         self.model = self.cim if self.sharded else accelerator.prepare(self.cim)
         self.trained = [p for p in self.cim.parameters() if p.requires_grad]

@@ -1,5 +1,6 @@
 """cim_models.pretraining.loop: real runs on real files, the smallest that show what they should."""
 
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -464,6 +466,18 @@ def test_a_resnet_with_all_that_can_be_switched(photographs, configure, out):
         assert int(saved["bn1.num_batches_tracked"]) == 1
         with safe_open(out / f"{part}.safetensors", "pt") as file:
             assert json.loads(file.metadata()["model_args"]) == {}
+
+
+def test_a_run_leaves_no_model_behind(photographs, configure, out):
+    """Its memory is free at once, not when Python happens to look for cycles: the next run may need it."""
+    seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        pretrain(configure(photographs(8, 64), out), lambda cim: seen.append(weakref.ref(cim)) or {})
+        assert seen and seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_stochastic_depth_is_the_online_encoders(configure):
