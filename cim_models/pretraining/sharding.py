@@ -40,17 +40,6 @@ def gathered(cim: CIM) -> Iterator[None]:
         cim.reshard()
 
 
-@contextlib.contextmanager
-def unsynchronised(cim: CIM) -> Iterator[None]:
-    """Gradients of a backward pass stay with each process, to be added to those of the next."""
-    assert isinstance(cim, FSDPModule)
-    cim.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        cim.set_requires_gradient_sync(True)
-
-
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -49,11 +49,14 @@ class Trainer:
                 remember_positions(self.cim, self.config)
 
     def backward(self, views: Views, last: bool) -> Output:
-        """A pass forward and back, which adds its share of the gradient; the last one of a step gathers it."""
-        unsynchronised = sharding.unsynchronised if self.sharded else self.accelerator.no_sync
-        with nullcontext() if last else unsynchronised(self.model), self.autocast:
+        """A pass forward and back, which adds its share of the gradient.
+
+        The last one of a step averages it over the processes; each does where the model is sharded: none has room for
+        the whole of it.
+        """
+        with nullcontext() if last else self.accelerator.no_sync(self.model), self.autocast:
             output = self.model(*views)
-        self.accelerator.backward(output.loss / self.config.optimiser.accumulation)
+        (output.loss / self.config.optimiser.accumulation).backward()
         return output
 
     def clip(self) -> Tensor:

@@ -468,6 +468,16 @@ def test_a_resnet_with_all_that_can_be_switched(photographs, configure, out):
             assert json.loads(file.metadata()["model_args"]) == {}
 
 
+def test_how_often_gradients_add_up_is_the_configurations(photographs, configure, out, monkeypatch):
+    """An environment that Accelerate reads for other programs does not shrink them."""
+    norms = []
+    for name in ("one", "two"):
+        pretrain(configure(photographs(8, 64), out / name, optimiser__epochs=0.5))
+        norms.append(log_of(out / name)[0]["grad_norm"])
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert norms[0] == norms[1]
+
+
 def test_a_run_leaves_no_model_behind(photographs, configure, out):
     """Its memory is free at once, not when Python happens to look for cycles: the next run may need it."""
     seen = []
