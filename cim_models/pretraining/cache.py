@@ -151,7 +151,7 @@ class OnDevice(Pictures):
         """The crops of a batch: uint8 (B, 3, size, size) on the device."""
         row, box, flip = (batch[name].to(device, non_blocking=True) for name in ("row", "box", "flip"))
         number = torch.arange(len(row), device=device, dtype=box.dtype)[:, None]
-        squares = self.squares[row].float()
+        squares = self.squares[row].to(device).float()
         crops = roi_align(squares, torch.cat([number, box], dim=1), (self.size, self.size), aligned=True)
         crops = torch.where(flip[:, None, None, None], crops.flip(-1), crops)
         return crops.round_().clamp_(0, 255).to(torch.uint8)

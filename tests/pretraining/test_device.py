@@ -7,7 +7,10 @@ from fake_gpu import Enough, FakeGPU, OnGPU, real
 from cim_models.backbones.vit import VITS
 from cim_models.pretext.views import DRAWS
 from cim_models.pretraining import cache, loop
+from cim_models.pretraining.cache import OnDevice
+from cim_models.pretraining.data import GlobalBatches, Pictures, batch_of
 from cim_models.pretraining.memory import Meter
+from cim_models.pretraining.readers import Files
 
 
 @pytest.fixture
@@ -53,3 +56,12 @@ def test_a_step_on_a_gpu_mixes_no_devices_and_waits_for_nothing(steps, changes):
     sources = [(2,), (2, 4), (2,)] if "data__cache" in changes else [(2, 3, 64, 64)]
     assert step.copies == [*sources, (2, 2, DRAWS)]
     assert logged.waits  # of what is logged
+
+
+def test_a_batch_that_did_harm_comes_from_the_cache_of_a_gpu(photographs, monkeypatch):
+    monkeypatch.setattr(cache, "room", lambda device: 10**9)
+    pictures = Pictures(Files(sorted(photographs(8, 64).iterdir())), 64, exemplars=2, draws=DRAWS, seed=0)
+    with FakeGPU():
+        squares = OnDevice(pictures, 64, 0, torch.device("cuda"))
+        batch = batch_of(squares, GlobalBatches(8, 2, seed=0, total_steps=1), 0)
+    assert batch["source"].device.type == "cpu" and batch["source"].shape == (2, 3, 64, 64)
