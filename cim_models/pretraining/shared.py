@@ -4,6 +4,7 @@ import contextlib
 import mmap
 import multiprocessing
 import os
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -60,10 +61,11 @@ def _opened(place: str) -> int:
 
 
 class _FileLock:
-    """One process at a time, of all that have opened a file, forked or not."""
+    """One process at a time, of all that have opened a file, forked or not; the file is closed with the lock."""
 
     def __init__(self, file: int) -> None:
         self.file = file
+        weakref.finalize(self, os.close, file)
 
     def __enter__(self) -> None:
         import fcntl

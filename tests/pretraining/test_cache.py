@@ -19,6 +19,7 @@ from cim_models.pretraining.cache import OnDevice, SharedMemory, check_room
 from cim_models.pretraining.data import GlobalBatches, Pictures, batch_of, loader
 from cim_models.pretraining.loop import pretrain
 from cim_models.pretraining.readers import Files
+from cim_models.pretraining.shared import shared_memory
 from cim_models.processes import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -113,6 +114,25 @@ def test_processes_of_a_machine_share_the_memory(images, launch, tmp_path):
     done = launch(TWO, images)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [expected, expected]
+
+
+@needs_fork
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memory that processes find each other's")
+def test_shared_memory_is_gone_with_its_last_user():
+    class Pair(Processes):
+        def gather_for_all(self, item):
+            return [item, item]
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    memory, lock = shared_memory(1000, Pair(count=2))
+    with lock:
+        memory[:3] = b"abc"
+    assert descriptors() > before
+    del memory, lock
+    assert descriptors() == before
 
 
 def test_processes_that_cannot_share_need_room_for_each(images, monkeypatch):
