@@ -280,7 +280,7 @@ def batch_of(pictures: Pictures, batches: GlobalBatches, step: int) -> dict[str,
 def in_order(pictures: Pictures, workers: int) -> Iterator[dict[str, Any]]:
     """Samples of epoch 0, one by one, in the order of the pictures."""
     keys: Any = [(0, index) for index in range(len(pictures))]
-    yield from DataLoader(
+    yield from _Loader(
         pictures, sampler=keys, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
         generator=torch.Generator(),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import find_images
-from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, generator, loader
+from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, generator, in_order, loader
 from cim_models.pretraining.readers import Files
 
 DRAWS = 7
@@ -225,9 +225,11 @@ def test_replacements_vary(damaged):
 def test_none_readable(tmp_path, workers):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).touch()
-    with pytest.raises(DataError, match="^none readable of 2 images") as caught:
-        list(loader(pictures(tmp_path), GlobalBatches(2, 1, seed=0, total_steps=1), workers))
-    assert "Traceback" not in str(caught.value) and "empty file" in str(caught.value)
+    samples, batches = pictures(tmp_path), GlobalBatches(2, 1, seed=0, total_steps=1)
+    for stream in (loader(samples, batches, workers), in_order(samples, workers)):
+        with pytest.raises(DataError, match="^none readable of 2 images") as caught:
+            list(stream)
+        assert "Traceback" not in str(caught.value) and "empty file" in str(caught.value)
 
 
 def test_unreadable_collects_until_there_are_too_many():
