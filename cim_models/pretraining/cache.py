@@ -70,7 +70,7 @@ class SharedMemory:
     @classmethod
     def of(cls, pictures: Pictures, workers: int, processes: Processes = ALONE) -> None:
         """Lets pictures be read from a cache."""
-        pictures.decode = cls(pictures.records, pictures.min_size, workers, processes)
+        pictures.cache = cls(pictures.records, pictures.min_size, workers, processes)
         pictures.start_method = "fork"
 
     def __call__(self, index: int) -> Image.Image:
@@ -129,9 +129,13 @@ class OnDevice(Pictures):
             rows = slice(first, first + len(chunk))
             self.squares[rows], self.sizes[rows] = torch.from_numpy(np.stack(squares)).to(device), sizes
             first = rows.stop
-        self.decode = self._place
 
-    def _place(self, index: int) -> Any:
+    def decode(self, index: int) -> Any:
+        """Where the picture is, and its own size.
+
+        Raises:
+            DataError: If it could not be read.
+        """
         if index in self.unreadable:
             raise DataError(self.unreadable[index])
         return _Place(index, *self.sizes[index].tolist())
@@ -157,11 +161,8 @@ class OnDevice(Pictures):
         return crops.round_().clamp_(0, 255).to(torch.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Readers do without the pixels, and without a function of this process."""
-        return {**vars(self), "squares": self.squares[:0].cpu(), "decode": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, decode=self._place)
+        """Readers do without the pixels."""
+        return {**vars(self), "squares": self.squares[:0].cpu()}
 
 
 def check_room(needed: int, free: int, what: str) -> None:

@@ -73,8 +73,8 @@ class Pictures(Dataset[dict[str, Any]]):
         seed: int,
     ):
         self.records = records
-        self.decode: Callable[[int], Any] = self._decode
-        """Gives a picture that `source` crops; a cache takes its place."""
+        self.cache: Callable[[int], Image.Image] | None = None
+        """Gives decoded pictures, if there is one."""
         self.start_method: str | None = None
         """Of reading processes; None: the system's own."""
         self.size, self.crop_area, self.crop_ratio, self.flip = size, crop_area, crop_ratio, flip
@@ -108,8 +108,13 @@ class Pictures(Dataset[dict[str, Any]]):
             "failed": failed,
         }
 
-    def _decode(self, index: int) -> Image.Image:
-        return read_record(self.records, index, self.min_size)
+    def decode(self, index: int) -> Any:
+        """A picture that `source` crops.
+
+        Raises:
+            DataError: If it cannot be read.
+        """
+        return self.cache(index) if self.cache else read_record(self.records, index, self.min_size)
 
     def _read(self, epoch: int, index: int) -> tuple[Any, list[str]]:
         failed: list[str] = []

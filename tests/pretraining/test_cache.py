@@ -63,7 +63,7 @@ def test_memory_gives_the_same_batches(images, workers, tmp_path):
             assert ours["failed"] == theirs["failed"] and torch.equal(ours["index"], theirs["index"])
             assert torch.equal(ours["source"], theirs["source"]) and torch.equal(ours["uniforms"], theirs["uniforms"])
         # By whichever process, all that can be read was read, and is not read again.
-        assert samples.decode.shapes[:9].all() and not samples.decode.shapes[9].any()
+        assert samples.cache.shapes[:9].all() and not samples.cache.shapes[9].any()
         for number in range(9):
             (images / f"{number}.jpg").unlink(missing_ok=True)
 

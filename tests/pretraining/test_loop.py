@@ -478,14 +478,23 @@ def test_how_often_gradients_add_up_is_the_configurations(photographs, configure
     assert norms[0] == norms[1]
 
 
-def test_a_run_leaves_no_model_behind(photographs, configure, out):
-    """Its memory is free at once, not when Python happens to look for cycles: the next run may need it."""
-    seen = []
+def test_a_run_leaves_nothing_behind(photographs, configure, out, monkeypatch):
+    """Memory is free at once, not when Python happens to look for cycles: the next run may need it."""
+    models, caches = [], []
+    cached = loop.cached
+
+    def remember(*arguments):
+        pictures = cached(*arguments)
+        caches.append(weakref.ref(pictures.squares))
+        return pictures
+
+    monkeypatch.setattr(loop, "cached", remember)
+    config = configure(photographs(8, 64), out, data__cache="device", optimiser__epochs=0.5)
     gc.collect()
     gc.disable()
     try:
-        pretrain(configure(photographs(8, 64), out), lambda cim: seen.append(weakref.ref(cim)) or {})
-        assert seen and seen[0]() is None
+        pretrain(config, lambda cim: models.append(weakref.ref(cim)) or {})
+        assert [kept() for kept in models + caches] == [None, None]
     finally:
         gc.enable()
 
