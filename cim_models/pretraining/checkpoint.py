@@ -146,8 +146,8 @@ def load(
         )
     if order is not None and known and known != list(order):
         raise CheckpointError(
-            f"{path} is of a run of {known[0]} images a step and {known[1]} an epoch, now there would be {order[0]} and "
-            f"{order[1]}: the images or the number of processes are not the same"
+            f"{path} is of a run of {known[0]} images a step and {known[1]} an epoch, now there would be "
+            f"{order.per_step} and {order.per_epoch}: the images or the number of processes are not the same"
         )
     try:
         shards = cim.state_dict()

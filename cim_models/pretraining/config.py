@@ -48,7 +48,7 @@ class DiagnosticsConfig:
     """What is found out about a run while it goes on."""
 
     held_out: int = 512
-    """Images that are not trained on but diagnosed, at most a twentieth of all; 0 holds none out."""
+    """Images that are not trained on but diagnosed, at most a twentieth of all; none if that is fewer than 8."""
     every: int = 500
     """Steps between diagnoses."""
 

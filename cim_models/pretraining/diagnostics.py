@@ -31,7 +31,7 @@ def hold_out(images: int, wanted: int, seed: int) -> tuple[np.ndarray, np.ndarra
     """Which images are trained on, and which only diagnosed: a function of the seed.
 
     Returns:
-        Rising indices of the two; `wanted` are held out, but no more than a twentieth, and none of fewer than 160.
+        Rising indices of the two; `wanted` are held out, but at most a twentieth, and none if that is fewer than 8.
     """
     count = min(wanted, images // SHARE)
     order = generator(seed, 0, _STREAM).permutation(images)
@@ -61,7 +61,8 @@ class HeldOut:
         probe: Probe | None = None,
     ) -> None:
         self.pictures, self.config, self.prior, self.device = pictures, config, prior, device
-        self.quiet, self.probe, self.said = quiet, probe, [""]
+        self.quiet, self.probe = quiet, probe
+        self.said: list[str] = []
         self.batches: list[tuple[Tensor, Tensor]] | None = None
 
     def due(self, done: int, steps: int) -> bool:

@@ -42,7 +42,8 @@ logger = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     """Pretrains an encoder with CIM.
 
-    Runs unchanged on one CPU, one GPU, or under `accelerate launch` / `torchrun`.
+    Runs unchanged on one CPU, one GPU, or under `accelerate launch` / `torchrun`; torch's generators are seeded anew at
+    each step.
 
     Args:
         config: The run; see `cim_models.pretraining.config.load_recipe`.

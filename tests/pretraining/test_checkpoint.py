@@ -261,5 +261,5 @@ def test_another_split_of_the_same_steps(tmp_path):
     for order in (Order(256, 5056), None):
         with pytest.raises(CheckpointError, match="optimiser.accumulation: 1 in the checkpoint, 4 asked for"):
             load(tmp_path, cim, optimiser, 20, other, order)
-    with pytest.raises(CheckpointError, match="of 256 images a step and 5120 an epoch, now there would be 128 and 5120"):
+    with pytest.raises(CheckpointError, match="256 images a step and 5120 an epoch, now there would be 128 and 5120"):
         load(tmp_path, cim, optimiser, 20, config, Order(128, 5120))

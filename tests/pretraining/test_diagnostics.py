@@ -191,7 +191,7 @@ def test_what_is_held_out(images, count):
     assert all((np.diff(part) > 0).all() for part in (trained, held))
     assert np.array_equal(held, hold_out(images, 512, seed=1)[1])
     assert count == 0 or not np.array_equal(held, hold_out(images, 512, seed=2)[1])
-    assert len(hold_out(images, 0, seed=1)[1]) == 0
+    assert len(hold_out(images, 0, seed=1)[1]) == len(hold_out(images, 7, seed=1)[1]) == 0
 
 
 GOOD = {"loss": 0.33, "gap": 0.2, "deviation": 0.5, "rankme": 40.0, "cosine": 0.9}
