@@ -124,7 +124,7 @@ def agreement(processes: int) -> Callable[[int], int]:
     """
     if processes == 1:
         return lambda number: number
-    group: Any = torch.distributed.new_group(backend="gloo")
+    group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def greatest(number: int) -> int:
         tensor = torch.tensor(number)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
 from cim_models.pretraining.tally import Tally
 from cim_models.pretraining.trainer import Trainer
-from cim_models.processes import none_is_lost, without_gpus
+from cim_models.processes import PATIENCE, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     directory, resume = Path(config.out), goes_on(config)
     accelerator = Accelerator(
         cpu=without_gpus(), mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )  # fmt: skip
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
