@@ -230,7 +230,7 @@ def _backward(
         with together, autocast(device, config.precision), _attention(device):
             output = model(some)
         loss = loss_of(output.float(), wanted) * len(some) / len(inputs)
-        accelerator.backward(loss)
+        loss.backward()
         losses.append(loss.detach())
     return losses
 

@@ -45,7 +45,7 @@ def found_before(directory: Path) -> int:
     """
     path = directory / "config.yaml"
     if not path.is_file():
-        raise CheckpointError(f"{path}, which has the number that auto stands for, is gone; give optimiser.batch_size")
+        raise CheckpointError(f"there is no {path}, which says what auto stands for; give optimiser.batch_size")
     return int(load_recipe(path).optimiser.batch_size)
 
 

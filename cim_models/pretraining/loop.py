@@ -33,7 +33,7 @@ from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
 from cim_models.pretraining.tally import Tally
 from cim_models.pretraining.trainer import Trainer
-from cim_models.processes import PATIENCE, none_is_lost, without_gpus
+from cim_models.processes import PATIENCE, launched, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     main = accelerator.is_main_process
 
     records = open_records(config.data.path)
+    launched().check_same(len(records), config.data.path)
     trained_on, held_out = hold_out(len(records), config.diagnostics.held_out, config.seed)
     pictures = pictures_of(config, Subset(records, trained_on))
     config = with_batch_size(config, pictures, device, processes, resume)

@@ -107,6 +107,13 @@ for config in map(load_recipe, sys.argv[1:]):
     assert all(0.45 < share < 0.55 if config.shard else share == 1 for share in here) and here, here
     here.clear()
 """
+ELSEWHERE = """
+import os, sys
+from cim_models.pretraining import load_recipe, pretrain
+
+os.chdir(os.path.join(sys.argv[1], os.environ["RANK"]))
+pretrain(load_recipe("run.yaml"))
+"""
 AUTO = """
 import sys
 import torch
@@ -296,6 +303,18 @@ def test_the_process_with_the_least_memory_decides_how_many_images(tmp_path, out
     assert done.returncode == 0, done.stderr
     found, agreed = zip(*re.findall(r"found (\d+) agreed (\d+)", done.stdout), strict=True)
     assert len(found) == 2 and set(agreed) == {min(found, key=int)} and 2 <= int(agreed[0]) < max(map(int, found))
+
+
+@pytest.mark.slow
+def test_processes_that_find_other_images(tmp_path, photographs, configure, launch):
+    """Each in its own folder, as on machines with disks of their own."""
+    for rank in range(2):
+        shutil.copytree(photographs(8, 64), tmp_path / str(rank) / "images")
+        (tmp_path / str(rank) / "run.yaml").write_text(yaml.safe_dump(to_dict(configure("images", "run"))))
+    next((tmp_path / "1" / "images").iterdir()).unlink()
+    done = launch(SHALLOW + ELSEWHERE, tmp_path)
+    assert done.returncode != 0
+    assert "DataError: images: process 1 does not find there what the first one does; all must see" in done.stderr
 
 
 def test_other_splits_of_a_step_see_the_same_images():
