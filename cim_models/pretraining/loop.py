@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ from cim_models.pretraining.readers import Records, Subset, open_records
 from cim_models.pretraining.savepoints import SavePoints
 from cim_models.pretraining.tally import Tally
 from cim_models.pretraining.trainer import Trainer
-from cim_models.processes import PATIENCE, launched, none_is_lost, without_gpus
+from cim_models.processes import launched, none_is_lost, without_gpus
 from cim_models.workers import usable_workers
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     directory, resume = Path(config.out), goes_on(config)
     accelerator = Accelerator(
         cpu=without_gpus(), mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )  # fmt: skip
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
@@ -136,9 +134,11 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
             trainer.update(lr, momentum)
             bar.update()
 
-            if (main or trainer.sharded) and diagnosis.due(done, plan.steps):
-                with trainer.measuring() as cim:
-                    log.write({"step": done, "images_seen": done * plan.global_batch, **diagnosis(cim, done)})
+            if diagnosis.due(done, plan.steps):
+                if main or trainer.sharded:
+                    with trainer.measuring() as cim:
+                        log.write({"step": done, "images_seen": done * plan.global_batch, **diagnosis(cim, done)})
+                points.wait()
             if saves:
                 states = trainer.states() if main or trainer.sharded else None
                 if main and states:

@@ -60,6 +60,10 @@ class SavePoints:
             self.last = time.monotonic()
         return reached
 
+    def wait(self) -> None:
+        """Waits for all processes, of which the first one may have computed alone for hours."""
+        self.agree(0)
+
     def end_if_asked(self) -> None:
         """Does what the signal that was noted would have done; a handler of the caller's may let the run go on.
 

@@ -67,8 +67,6 @@ momentum = schedules.momentum
 
 
 def kill(step, *others):
-    gloo = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-    assert gloo.options._timeout.total_seconds() > 3600  # the others wait for a probe, and yet not for a process
     if step == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), 9)
     return momentum(step, *others)
@@ -76,6 +74,24 @@ def kill(step, *others):
 
 schedules.momentum = kill
 pretrain(load_recipe(sys.argv[1]))
+"""
+PATIENT = """
+import sys, time
+from datetime import timedelta
+import torch
+from cim_models.pretraining import load_recipe, pretrain
+
+
+naps = [15, 0]
+
+
+def probe(cim):
+    time.sleep(naps.pop(0))
+    return {"rank": float(torch.distributed.get_rank())}
+
+
+torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
+pretrain(load_recipe(sys.argv[1]), probe)
 """
 SHARDED = """
 import sys
@@ -303,6 +319,15 @@ def test_the_process_with_the_least_memory_decides_how_many_images(tmp_path, out
     assert done.returncode == 0, done.stderr
     found, agreed = zip(*re.findall(r"found (\d+) agreed (\d+)", done.stdout), strict=True)
     assert len(found) == 2 and set(agreed) == {min(found, key=int)} and 2 <= int(agreed[0]) < max(map(int, found))
+
+
+@pytest.mark.slow
+def test_a_probe_may_take_longer_than_processes_wait_for_each_other(tmp_path, out, photographs, configure, launch):
+    config = configure(photographs(8, 64), out, optimiser__batch_size=2, optimiser__epochs=1.0, diagnostics__every=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    done = launch(SHALLOW + PATIENT, tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    assert [line["rank"] for line in lines_of(out) if "rank" in line] == [0.0, 0.0]
 
 
 @pytest.mark.slow
