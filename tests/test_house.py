@@ -23,7 +23,7 @@ MAY_KNOW = {
     "state": {"errors", "files"},
     "backbones": GROUND,
     "pretext": GROUND | {"backbones"},
-    "pretraining": GROUND | {"backbones", "pretext"},
+    "pretraining": GROUND | {"backbones", "pretext", "hub"},
     "hub": GROUND | {"backbones", "pretext"},
     "evaluation": GROUND | {"backbones", "pretext", "hub"},
     "cli": ROOMS | {"__init__"},

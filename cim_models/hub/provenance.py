@@ -1,4 +1,4 @@
-"""How weights came about: a run and the runs that it started from, as recipes and logs that travel with a release."""
+"""How weights came about: a run and what it started from, as recipes and logs that travel with a release."""
 
 import json
 import logging
@@ -10,14 +10,19 @@ from typing import Any
 
 import yaml
 
-from cim_models.errors import CheckpointError, WeightsError
+from cim_models.errors import CheckpointError, ConfigError, WeightsError
+from cim_models.hub.access import Access
 from cim_models.hub.card import LOG, RECIPE
-from cim_models.hub.store import Header, read_header
+from cim_models.hub.store import Header, Weights, read_header, resolve
 
 CONFIG = "config.yaml"
 """Of a run directory."""
 LOCAL = ("out", "resume", "init", "log_every", "save_every", "save_minutes", "keep", "tensorboard")
 """Settings of a run that say nothing about its result; folders of the machine, among others."""
+SEEN = ("images_seen", "epoch", "minutes")
+"""How long an encoder was pretrained."""
+STARTED = "Started from"
+"""What the recipe of a chain's first run says of weights that are of no run."""
 METADATA = {"architecture", "model_args", "pretext", "images_seen"}
 
 logger = logging.getLogger(__name__)
@@ -46,24 +51,51 @@ def read_stages(run: Path, encoder: str) -> list[Stage]:
         CheckpointError: If one lacks a file, or a file is damaged.
     """
     stages = [_read(run, encoder)]
-    while start := stages[0].config.get("init"):
-        if not Path(start).is_dir():
-            logger.warning("%s, which the run started from, is gone: the release cannot say how it came about", start)
-            break
+    while (start := stages[0].config.get("init")) and Path(start).is_dir() and not Path(start, "config.json").is_file():
         stages.insert(0, _read(Path(start), "online"))
     return stages
 
 
-def texts(stages: Sequence[Stage], data: str, hardware: str) -> dict[str, str]:
-    """Recipes and logs by file name: recipe.yaml and log.jsonl of the last run, numbered ones of those before."""
+def origin(stages: Sequence[Stage]) -> Weights | None:
+    """The weights, released ones or a file's, that the first run of a chain started from; None where there are none.
+
+    What is gone, and not in the cache either, is said.
+    """
+    start = stages[0].config.get("init")
+    if not start:
+        return None
+    try:
+        return resolve(stages[0].header.metadata["architecture"], start, access=Access(local_files_only=True))
+    except (ConfigError, WeightsError) as error:
+        logger.warning("%s, which the run started from, is gone, so nothing is known of it: %s", start, error)
+        return None
+
+
+def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: str) -> dict[str, str]:
+    """Recipes and logs by file name: recipe.yaml and log.jsonl of the last run, numbered ones of those before.
+
+    Args:
+        stages: The runs.
+        began: Their `origin`.
+        data: What they saw.
+        hardware: What they took.
+    """
     found: dict[str, str] = {}
+    before = {STARTED: called(began)} if began else {}
     for number, stage in enumerate(stages, 1):
         suffix = "" if stage is stages[-1] else f"-{number}"
         recipe, log = (name.replace(".", f"{suffix}.") for name in (RECIPE, LOG))
-        command = f"cim pretrain DATA --recipe {recipe} --out RUN{suffix}"
-        command += f" --init RUN-{number - 1}" if number > 1 else ""
-        found |= {recipe: _recipe(stage, {"Command": command, "Data": data, "Hardware": hardware}), log: stage.log}
+        start = f"RUN-{number - 1}" if number > 1 else before.get(STARTED)
+        command = f"cim pretrain DATA --recipe {recipe} --out RUN{suffix}{f' --init {start}' if start else ''}"
+        head = {"Command": command, **before, "Data": data, "Hardware": hardware}
+        found |= {recipe: _recipe(stage, head), log: stage.log}
+        before = {}
     return found
+
+
+def called(weights: Weights) -> str:
+    """What weights are called elsewhere than on this machine."""
+    return weights.entry.id if weights.entry else Path(weights.name).name
 
 
 def provenance_files(folder: Path) -> list[Path]:
@@ -78,7 +110,7 @@ def seen_by(file: Path) -> dict[str, float]:
         file: Of a run directory or a release folder.
 
     Returns:
-        `images_seen`, `epoch` and `minutes`, of all runs that it came from together; nothing where there is no log.
+        `images_seen`, `epoch` and `minutes`, of all runs that it came from together; nothing where not all are known.
 
     Raises:
         CheckpointError: If a log is damaged, or the directory of a run lacks a file.
@@ -86,13 +118,23 @@ def seen_by(file: Path) -> dict[str, float]:
     folder = file.parent
     if file.suffix != ".safetensors" or not (folder / LOG).is_file():
         return {}
+    before = dict.fromkeys(SEEN, 0.0)
     if (folder / CONFIG).is_file():
-        logs = [stage.log for stage in read_stages(folder, file.stem)]
+        stages = read_stages(folder, file.stem)
+        logs = [stage.log for stage in stages]
+        if stages[0].config.get("init"):
+            began = origin(stages)
+            before = seen_by(next(iter(began.files.values()))[0]) if began else {}
     else:
-        logs = [_log(path) for path in provenance_files(folder) if path.suffix == Path(LOG).suffix]
-    ends = [end for log in logs if (end := _end(log))]
-    seen = {key: sum(end[key] for end in ends) for key in ("images_seen", "epoch")} if ends else {}
-    return seen | ({"minutes": round(sum(map(_minutes, logs)), 1)} if seen else {})
+        files = provenance_files(folder)
+        logs = [_log(path) for path in files if path.suffix == Path(LOG).suffix]
+        if any(f"\n# {STARTED}:" in path.read_text(encoding="utf-8") for path in files):
+            before = {}
+    seen = [{**end, "minutes": _minutes(log)} for log in logs if (end := _end(log))]
+    if not seen or not before:
+        return {}
+    total = {key: before[key] + sum(part[key] for part in seen) for key in SEEN}
+    return total | {"images_seen": int(total["images_seen"]), "minutes": round(total["minutes"], 1)}
 
 
 def _end(log: str) -> dict[str, Any]:

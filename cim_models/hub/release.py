@@ -21,7 +21,7 @@ from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from cim_models.hub.manifest import NAME, Manifest, load_manifest, write_manifest
 from cim_models.hub.metrics import read_metrics
-from cim_models.hub.provenance import read_stages, texts
+from cim_models.hub.provenance import called, origin, read_stages, texts
 from cim_models.pretext.model import PretextConfig
 
 
@@ -50,9 +50,9 @@ def release(
         encoder: Which of the two becomes the backbone; it also serves both sides of `locate`.
         dtype: Of the tensors in the files.
         summary: One line.
-        data: Name of the data set that the run saw.
+        data: Name of the data set that the run saw; that of a release which it started from is added.
         terms: Of that data set.
-        licence: Of the weights, such as Apache-2.0.
+        licence: Of the weights, such as Apache-2.0; by default that of a release which the run started from.
         metrics: JSON files that `cim evaluate` wrote, of which those that differ in their seeds become one mean, or
             lists of objects {"name", "value", "data", "command"}. Names end in .online, .target or .random (the
             untrained backbone) where a number is of one of them; those with `top` in them are shares in [0, 1].
@@ -81,7 +81,9 @@ def release(
     # A release holds no heads of the global loss, and one encoder.
     pretext = dataclasses.replace(PretextConfig(**json.loads(header.metadata["pretext"])), global_weight=0.0)
     size = model_args.get("img_size", max(config["data"]["size"], config["views"]["context_size"]))
-    images = sum(stage.images for stage in stages)
+    began = origin(stages)
+    base = began.entry if began else None
+    after = f"{sum(stage.images for stage in stages):,} images{f' that followed {called(began)}' if began else ''}"
     entry = Entry(
         id=id,
         architecture=architecture,
@@ -95,10 +97,10 @@ def release(
             dataclasses.asdict(pretext), config["views"]["context_size"], config["views"]["exemplars"]["size"]
         ),
         dtype=dtype,
-        licence=licence,
-        data=(Data(data, terms),),
+        licence=base.licence if base and licence == NOT_STATED else licence,
+        data=(*(base.data if base else ()), Data(data, terms)),
         metrics=read_metrics(metrics),
-        summary=summary or f"The {encoder} encoder of {architecture} after {images:,} images.",
+        summary=summary or f"The {encoder} encoder of {architecture} after {after}.",
         released=date.today().isoformat(),
         **BLANK,
     )
@@ -108,7 +110,7 @@ def release(
     }
     folder = manifest.root / "weights" / id
     with staging(folder) as (temporary, install):
-        manifest = manifest.with_entry(write_folder(temporary, entry, tensors, texts(stages, data, hardware)))
+        manifest = manifest.with_entry(write_folder(temporary, entry, tensors, texts(stages, began, data, hardware)))
         install(lambda: write_manifest(manifest))
     update_readme(manifest)
     return folder

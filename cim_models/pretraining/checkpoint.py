@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from cim_models.errors import CheckpointError
 from cim_models.files import replacing
@@ -161,23 +160,6 @@ def load(
     except (IndexError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: does not fit the model of its own configuration: {error}") from error
     return step
-
-
-def start_from(directory: Path, cim: CIM) -> None:
-    """Takes over the encoders and the head that another run exported.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged, or holds another model.
-    """
-    for name in PARTS:
-        module: nn.Module | None = getattr(cim, name)
-        if module is None:
-            continue
-        path = directory / f"{name}.safetensors"
-        try:
-            module.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: not what a run of this model exports: {error}") from error
 
 
 def export(directory: Path, model: dict[str, Tensor], config: PretrainConfig, step: int, images_seen: int) -> None:

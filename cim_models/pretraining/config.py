@@ -111,7 +111,8 @@ class PretrainConfig:
     resume: bool | Literal["auto"] = False
     """Go on from the run directory's last checkpoint; auto: if there is one, else start."""
     init: str = ""
-    """Run directory whose encoders and head this run starts from: easy exemplars first, for one."""
+    """What this run starts from: another run's directory (easy exemplars first, for one), a release's name or folder,
+    or a safetensors file of one encoder."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     save_every: int = 1000

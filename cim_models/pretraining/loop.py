@@ -25,6 +25,7 @@ from cim_models.pretraining.cache import cached
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.data import Pictures, Unreadable, batch_of, loader
 from cim_models.pretraining.diagnostics import HeldOut, Probe, diagnose, hold_out
+from cim_models.pretraining.initial import start_from
 from cim_models.pretraining.log import Log
 from cim_models.pretraining.memory import Meter, in_words
 from cim_models.pretraining.nonfinite import check_finite
@@ -55,6 +56,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
 
     Raises:
         ConfigError: If the configuration cannot be run, or the loss stops being finite.
+        WeightsError: If the weights to start from are missing, damaged or of another architecture.
         DataError: If images are missing or too many cannot be read.
         CheckpointError: If the checkpoint to resume is missing, damaged or of another run.
     """
@@ -78,7 +80,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     prior = location_prior(config.views, config.data.size)
     cim = build(config, prior.log_odds)
     if config.init and not resume:
-        checkpoint.start_from(Path(config.init), cim)
+        start_from(config, cim)
     trainer = Trainer(cim, config, accelerator)
     start = checkpoint.load(directory, trainer.cim, trainer.optimiser, plan.steps, config, plan.order) if resume else 0
     trainer.ready()

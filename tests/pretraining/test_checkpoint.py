@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from cim_models import backbones
 from cim_models.errors import CheckpointError
 from cim_models.pretext.model import CIM, PretextConfig
-from cim_models.pretraining.checkpoint import Order, States, export, kept, load, save, start_from
+from cim_models.pretraining.checkpoint import Order, States, export, kept, load, save
 from cim_models.pretraining.config import PretrainConfig, to_dict
 from cim_models.state import save_state
 
@@ -158,31 +158,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, small_files):
         save_state({"a": torch.zeros(100_000)}, tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["last.pt"]
-
-
-def test_a_run_starts_from_what_another_exported(tmp_path):
-    cim, _ = build()
-    export(tmp_path, cim.state_dict(), PretrainConfig(), 1, 2)
-    other, _ = build()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1)
-    start_from(tmp_path, other)
-    assert_same(other.state_dict(), cim.state_dict())
-
-
-@pytest.mark.parametrize("damage", ["deeper", "absent", "cut", "no folder"])
-def test_exports_that_a_run_cannot_start_from(tmp_path, damage):
-    cim, _ = build()
-    export(tmp_path, (build(depth=2)[0] if damage == "deeper" else cim).state_dict(), PretrainConfig(), 1, 2)
-    path = tmp_path / "target.safetensors"
-    if damage == "absent":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    folder = tmp_path / "absent" if damage == "no folder" else tmp_path
-    with pytest.raises(CheckpointError, match=r"(online|target).safetensors: not what a run of this model exports"):
-        start_from(folder, cim)
 
 
 def test_exported_encoders_are_timms(tmp_path):

@@ -187,25 +187,6 @@ def test_a_run_with_other_images_is_not_resumed(finished, configure, photographs
         pretrain(other)
 
 
-def test_a_run_that_starts_from_another(finished, configure, out):
-    """Its first step is taken with the weights that the other run left, its schedules are its own."""
-    before, config = finished
-    pretrain(configure(config.data.path, out, init=str(before), optimiser__epochs=0.5, optimiser__lr=1e-30))
-    for part in ("online", "head"):
-        ours, theirs = (load_file(run / f"{part}.safetensors") for run in (out, before))
-        assert all(torch.allclose(ours[name], theirs[name], atol=1e-7) for name in theirs)
-    assert log_of(out)[0]["step"] == 1 and load_recipe(out / "config.yaml").init == str(before)
-
-
-@pytest.mark.parametrize("wrong", ["absent", "another model"])
-def test_nothing_to_start_from(wrong, finished, configure, photographs, tmp_path, out):
-    first, _ = finished
-    init, changes = (tmp_path / "absent", {}) if wrong == "absent" else (first, {"pretext__head_width": 48})
-    with pytest.raises(CheckpointError, match="safetensors: not what a run of this model exports"):
-        pretrain(configure(photographs(8, 64), out, init=str(init), **changes))
-    assert not out.exists()
-
-
 def test_a_warm_up_longer_than_the_run(configure, photographs, out):
     with pytest.raises(ConfigError, match="would never reach its peak"):
         pretrain(configure(photographs(8, 64), out, optimiser__warmup_epochs=3.0))

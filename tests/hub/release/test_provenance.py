@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cim_models.errors import CheckpointError
-from cim_models.hub.provenance import read_stages, seen_by, texts
+from cim_models.hub.provenance import origin, read_stages, seen_by, texts
 from cim_models.hub.release import release
 from cim_models.pretraining.config import load_recipe
 
@@ -34,7 +34,7 @@ def header(text: str) -> dict[str, str]:
 
 
 def test_a_single_run(run):
-    found = texts(read_stages(run, "target"), "photos", "a laptop")
+    found = texts(read_stages(run, "target"), None, "photos", "a laptop")
     assert sorted(found) == ["log.jsonl", "recipe.yaml"]
     assert header(found["recipe.yaml"]) == {
         "Command": "cim pretrain DATA --recipe recipe.yaml --out RUN", "Data": "photos", "Hardware": "a laptop",
@@ -46,7 +46,7 @@ def test_a_single_run(run):
 def test_runs_that_started_from_others(run, tmp_path, root):
     second = follow(run, tmp_path / "second", images=38400, steps=200)
     third = follow(second, tmp_path / "third", images=76800, steps=300)
-    found = texts(read_stages(third, "online"), "photos", "a laptop")
+    found = texts(read_stages(third, "online"), None, "photos", "a laptop")
     assert sorted(found) == [f"{name}" for name in (
         "log-1.jsonl", "log-2.jsonl", "log.jsonl", "recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]  # fmt: skip
     commands = [header(found[name])["Command"] for name in ("recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]
@@ -78,7 +78,10 @@ def test_a_start_that_is_gone(run, tmp_path, caplog):
     moved = second.rename(tmp_path / "moved")
     third = follow(moved, tmp_path / "third", images=76800, steps=300)
     shutil.rmtree(moved)
-    assert len(read_stages(third, "online")) == 1 and "moved, which the run started from, is gone" in caplog.text
+    stages = read_stages(third, "online")
+    assert len(stages) == 1 and origin(stages) is None
+    assert "moved, which the run started from, is gone" in caplog.text
+    assert seen_by(third / "online.safetensors") == {}
 
 
 def test_a_start_that_is_damaged(run, tmp_path):
