@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,8 +51,8 @@ def start_from(config: PretrainConfig, cim: CIM) -> None:
         encoders: tuple[nn.Module, nn.Module] = trained.online, trained.context_encoder
     else:
         undescribed = found.model_args is None and isinstance(cim.online, VisionTransformer)
-        size = {"img_size": config.backbone.img_size} if undescribed else {}
-        encoders = (create_model(config.model, weights=init, num_classes=0, **size),) * 2
+        size = config.backbone.img_size if undescribed else None
+        encoders = (create_model(config.model, weights=init, num_classes=0, img_size=size),) * 2
         logger.info("%s has no correlation head: the run begins with a new one", found.name)
     for ours, theirs in zip((cim.online, cim.target), encoders, strict=True):
         if ours is not None:
@@ -75,6 +76,6 @@ def _take(ours: nn.Module, theirs: nn.Module, name: str) -> None:
         raise WeightsError(f"{name} does not fit the run's encoder: {error}") from error
 
 
-def _attention_heads(encoder: nn.Module) -> list[int]:
+def _attention_heads(encoder: nn.Module) -> list[Any]:
     """Of each layer, which no shape tells."""
     return [module.num_heads for module in encoder.modules() if hasattr(module, "num_heads")]
