@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cim_models.evaluation.encoders import DEFAULT_MODEL, open_pretext
-from cim_models.files import replacing
+from cim_models.files import check_writable, replacing
 from cim_models.images import read_image
 from cim_models.plots import HEAT
 from cim_models.pretext.views import normalise
@@ -65,6 +65,7 @@ def locate(
         ConfigError: If the file cannot be written.
         WeightsError: If there are no such weights, or they have no correlation head.
     """
+    check_writable(out)
     pictures = read_image(context), read_image(exemplar)
     pretext, context_size, exemplar_size = open_pretext(model, device)
     place = next(pretext.parameters()).device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cim_models.backbones import VisionTransformer
 from cim_models.backbones.tokens import encode
 from cim_models.errors import ConfigError, WeightsError
-from cim_models.files import replacing
+from cim_models.files import check_writable, replacing
 from cim_models.hub.load import create_model
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -80,6 +80,7 @@ def export(
         raise ConfigError(f"size {' '.join(map(str, size))} and any_size contradict each other: give one of them")
     if batch < 0:
         raise ConfigError(f"batch is a number of images, or 0 for any: {batch} cannot be")
+    check_writable(to)
     encoder: Any = create_model(model, pretrained=True).eval()
     channels, *native = encoder.pretrained_cfg["input_size"]
     height, width = _checked_size(encoder, size or native, any_size)

@@ -58,7 +58,7 @@ def save(
     step: int,
     steps: int,
     config: PretrainConfig,
-    order: Order | None = None,
+    order: Order,
 ) -> None:
     """Writes `last.pt`: plain data that `torch.load(weights_only=True)` reads.
 
@@ -74,7 +74,7 @@ def save(
         "model": states.model,
         "optimiser": states.optimiser,
         "config": to_dict(config),
-        "order": list(order or ()),
+        "order": list(order),
     }
     save_state(state, directory / "last.pt")
     if config.keep > 1:
@@ -108,7 +108,7 @@ def load(
     optimiser: torch.optim.Optimizer,
     steps: int,
     config: PretrainConfig,
-    order: Order | None = None,
+    order: Order,
 ) -> int:
     """Restores a run from `last.pt`, on any number of processes that gives the same order of images.
 
@@ -133,7 +133,7 @@ def load(
     for values in (now, before):
         values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
     known = state.get("order")  # unless an older version wrote it
-    if order is not None and known == list(order):
+    if known == list(order):
         for name in ("optimiser.batch_size", "optimiser.accumulation"):  # another split of the same steps
             before[name] = now[name]
     if different := differences(before, now, ignored=NOT_COMPARED):
@@ -143,7 +143,7 @@ def load(
             f"{path} is of a run of {total} steps, now there would be {steps}: the images or the number of processes "
             "are not the same"
         )
-    if order is not None and known and known != list(order):
+    if known and known != list(order):
         raise CheckpointError(
             f"{path} is of a run of {known[0]} images a step and {known[1]} an epoch, now there would be "
             f"{order.per_step} and {order.per_epoch}: the images or the number of processes are not the same"
