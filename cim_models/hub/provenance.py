@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of a chain, each of which started from the encoders and the head of the one before it."""
+    """One run of a chain, each of which started from what the one before it left."""
 
     header: Header
     """Of its encoder's file."""
@@ -48,25 +49,38 @@ def read_stages(run: Path, encoder: str) -> list[Stage]:
     """A run directory and those that it started from, the first of them first.
 
     Raises:
-        CheckpointError: If one lacks a file, or a file is damaged.
+        CheckpointError: If one lacks a file, a file is damaged, or a run started from itself.
     """
-    stages = [_read(run, encoder)]
-    while (start := stages[0].config.get("init")) and Path(start).is_dir() and not Path(start, "config.json").is_file():
-        stages.insert(0, _read(Path(start), "online"))
+    stages, known = [_read(run, encoder)], {run.resolve()}
+    while before := _before(stages[0]):
+        if before[0].resolve() in known:
+            raise CheckpointError(f"{before[0]} was written over by a run that started from it: so did {run}")
+        known.add(before[0].resolve())
+        stages.insert(0, _read(*before))
     return stages
+
+
+def _before(stage: Stage) -> tuple[Path, str] | None:
+    """The run that another one started from, if it was a run, and with which encoder."""
+    start = Path(stage.config.get("init") or "")
+    if start.name in ("online.safetensors", "target.safetensors") and os.path.isfile(start.parent / CONFIG):
+        return start.parent, start.stem
+    if stage.config.get("init") and os.path.isdir(start) and os.access(start, os.X_OK):
+        return None if (start / "config.json").is_file() else (start, "online")
+    return None
 
 
 def origin(stages: Sequence[Stage]) -> Weights | None:
     """The weights, released ones or a file's, that the first run of a chain started from; None where there are none.
 
-    What is gone, and not in the cache either, is said.
+    What is gone and not in the cache either, or may not be read any more, is said.
     """
     start = stages[0].config.get("init")
     if not start:
         return None
     try:
         return resolve(stages[0].header.metadata["architecture"], start, access=Access(local_files_only=True))
-    except (ConfigError, WeightsError) as error:
+    except (ConfigError, WeightsError, PermissionError) as error:
         logger.warning("%s, which the run started from, is gone, so nothing is known of it: %s", start, error)
         return None
 
@@ -85,7 +99,10 @@ def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: s
     for number, stage in enumerate(stages, 1):
         suffix = "" if stage is stages[-1] else f"-{number}"
         recipe, log = (name.replace(".", f"{suffix}.") for name in (RECIPE, LOG))
-        start = f"RUN-{number - 1}" if number > 1 else before.get(STARTED)
+        start = before.get(STARTED)
+        if number > 1:
+            init = Path(stage.config["init"])
+            start = f"RUN-{number - 1}{f'/{init.name}' if init.suffix == '.safetensors' else ''}"
         command = f"cim pretrain DATA --recipe {recipe} --out RUN{suffix}{f' --init {start}' if start else ''}"
         head = {"Command": command, **before, "Data": data, "Hardware": hardware}
         found |= {recipe: _recipe(stage, head), log: stage.log}
@@ -95,6 +112,8 @@ def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: s
 
 def called(weights: Weights) -> str:
     """What weights are called elsewhere than on this machine."""
+    if weights.name.startswith("hf-hub:"):
+        return weights.name
     return weights.entry.id if weights.entry else Path(weights.name).name
 
 
@@ -157,7 +176,8 @@ def _read(run: Path, encoder: str) -> Stage:
     names = (f"{encoder}.safetensors", "head.safetensors", CONFIG, LOG)
     missing = [name for name in names if not (run / name).is_file()]
     if missing:
-        raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}")
+        hint = "; without a moving average, give --encoder online" if missing == ["target.safetensors"] else ""
+        raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}{hint}")
     try:
         header = read_header(run / names[0])
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
@@ -196,5 +216,5 @@ def _recipe(stage: Stage, head: dict[str, str]) -> str:
     head = {**head, "Time": took, "Images": f"{stage.images:,} seen"}
     if last["step"] < last["steps"]:
         head["Stopped"] = f"after step {last['step']:,} of {last['steps']:,}"
-    comments = "".join(f"# {key + ':':10}{value}\n" for key, value in head.items())
+    comments = "".join(f"# {f'{key}:':9} {value}\n" for key, value in head.items())
     return comments + yaml.safe_dump(recipe, sort_keys=False)

@@ -98,7 +98,7 @@ def release(
         ),
         dtype=dtype,
         licence=base.licence if base and licence == NOT_STATED else licence,
-        data=(*(base.data if base else ()), Data(data, terms)),
+        data=tuple(dict.fromkeys([*(base.data if base else ()), Data(data, terms)])),
         metrics=read_metrics(metrics),
         summary=summary or f"The {encoder} encoder of {architecture} after {after}.",
         released=date.today().isoformat(),

@@ -15,6 +15,7 @@ from cim_models.errors import CheckpointError
 from cim_models.files import replacing
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig, to_dict
+from cim_models.pretraining.initial import located
 from cim_models.pretraining.sharding import spread, whole
 from cim_models.state import differences, flat, load_state, save_state
 
@@ -132,6 +133,7 @@ def load(
     before = {**flat(to_dict(PretrainConfig())), **BEFORE, **flat(saved)}  # a newer field was unset
     for values in (now, before):
         values["data.cache"] = values["data.cache"].replace("ram", "none")  # which gives the same batches
+        values["init"] = located(values["init"])  # by whatever path
     known = state.get("order")  # unless an older version wrote it
     if known == list(order):
         for name in ("optimiser.batch_size", "optimiser.accumulation"):  # another split of the same steps

@@ -10,6 +10,7 @@ from torch import nn
 from cim_models.backbones.vit import VisionTransformer, sincos_pos_embed
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.load import create_model, create_pretext
+from cim_models.hub.names import parse_name
 from cim_models.hub.store import resolve
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.config import PretrainConfig
@@ -18,6 +19,19 @@ HEAD = {"cross_attention": ("head", "head_width", "head_heads"), "cosine": ("hea
 """Settings of `pretext` that a correlation head is made of, by its kind."""
 
 logger = logging.getLogger(__name__)
+
+
+def located(init: str) -> str:
+    """The name of weights as it is understood everywhere on this machine: a path in full, links to folders followed."""
+    if not init:
+        return init
+    try:
+        given = parse_name(Path(init) if Path(init).exists() else init)
+        path = Path(given.location).expanduser()
+        full = path.parent.resolve() / path.name if path.is_file() else path.resolve()  # what a file is, lies beside it
+    except (ConfigError, PermissionError):
+        return init
+    return str(full) if given.source == "path" else init
 
 
 def start_from(config: PretrainConfig, cim: CIM) -> None:
@@ -31,15 +45,18 @@ def start_from(config: PretrainConfig, cim: CIM) -> None:
         cim: Its untrained model.
 
     Raises:
-        ConfigError: If `init` can mean other weights another day, or they are of another head or image size.
+        ConfigError: If `init` can mean other weights another day, or is the run itself, or they are of another head or
+            image size.
         WeightsError: If there are no such weights, they are damaged, or of another architecture.
     """
-    init = config.init
+    init, place, out = config.init, Path(located(config.init)), Path(config.out).resolve()
+    if place in (out, out / "online.safetensors", out / "target.safetensors"):
+        raise ConfigError(f"init is {init}, which the run itself would write over: give another --out")
     try:
         found = resolve(config.model, init)
     except (ConfigError, WeightsError) as error:
         raise type(error)(f"init: {error}") from error
-    if not Path(init).expanduser().exists() and init != found.name:
+    if not place.exists() and init != found.name:
         raise ConfigError(f"init is {init}, which may mean other weights another day: give {found.name}")
     if {"head", "pretext"} & found.files.keys():
         trained = create_pretext(config.model, weights=init)

@@ -10,6 +10,7 @@ import yaml
 from cim_models.errors import CheckpointError, ConfigError
 from cim_models.files import replacing
 from cim_models.pretraining.config import PretrainConfig, to_dict
+from cim_models.pretraining.initial import located
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Log:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out is {directory}, where no folder can be made: {error.strerror}") from error
-        text = yaml.safe_dump(to_dict(config), sort_keys=False)
+        recipe = {**to_dict(config), "init": located(config.init)}  # repeats the run, from anywhere
+        text = yaml.safe_dump(recipe, sort_keys=False)
         with replacing(directory / "config.yaml", CheckpointError) as file:
             file.write_text(text, encoding="utf-8")
         with replacing(self.path, CheckpointError) as file:

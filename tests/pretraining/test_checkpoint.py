@@ -100,11 +100,14 @@ def test_another_configuration_is_refused_by_name(tmp_path):
     assert_same(cim.state_dict(), before)
 
 
-def test_what_may_change_between_a_run_and_its_continuation(tmp_path):
+def test_what_may_change_between_a_run_and_its_continuation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
     cim, optimiser = build()
-    config = PretrainConfig()
+    config = PretrainConfig(init="first")
     save(tmp_path, States.of(cim, optimiser), 7, 20, config, ORDER)
     other = replace(config, out="elsewhere", resume=True, log_every=1, save_every=1, tensorboard=True)
+    other.init = str(tmp_path / "first")
     other.data = replace(config.data, workers=0, path="moved")
     assert load(tmp_path, cim, optimiser, 20, other, ORDER) == 7
 

@@ -17,7 +17,9 @@ from cim_models.hub.release import release
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.build import build
 from cim_models.pretraining.checkpoint import export
-from cim_models.pretraining.initial import start_from
+from cim_models.pretraining.config import PretrainConfig, load_recipe
+from cim_models.pretraining.initial import located, start_from
+from cim_models.pretraining.log import Log
 from cim_models.pretraining.loop import pretrain
 
 RELEASED = load_manifest().default("cim_vit_tiny", "pretext")
@@ -49,9 +51,10 @@ def exported(configure, tmp_path_factory):
     return folder, cim
 
 
-def test_another_run(exported, configure):
+@pytest.mark.parametrize("source", ["", "local-dir:"])
+def test_another_run(source, exported, configure):
     folder, before = exported
-    ours, theirs = started(configure("data", "out", init=str(folder))).state_dict(), before.state_dict()
+    ours, theirs = started(configure("data", "out", init=f"{source}{folder}")).state_dict(), before.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not torch.equal(ours["online.blocks.0.mlp.fc1.weight"], ours["target.blocks.0.mlp.fc1.weight"])
 
@@ -87,6 +90,35 @@ def test_an_encoder_alone(configure, tmp_path, caplog):
     ):
         with pytest.raises((ConfigError, WeightsError), match=error):
             started(configure("data", "out", init=str(tmp_path / f"{name}.safetensors"), backbone__img_size=96))
+
+
+@pytest.mark.parametrize("spelling", ["first", "./first/", "local-dir:first", "~/first", "link", "link/x.safetensors"])
+def test_a_path_is_remembered_in_full(spelling, tmp_path, monkeypatch):
+    """A release may be made in another working directory, and what it started from has a licence.
+
+    Files of the Hub's own cache are links: config.json lies beside the link.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "first").mkdir()
+    (tmp_path / "link").symlink_to("first")
+    (tmp_path / "blob").touch()
+    (tmp_path / "first" / "x.safetensors").symlink_to("../blob")
+    Log(tmp_path / "out", PretrainConfig(init=spelling), 0, enabled=True)
+    expected = tmp_path.resolve() / "first" / ("x.safetensors" if "x" in spelling else "")
+    assert load_recipe(tmp_path / "out" / "config.yaml").init == str(expected)
+
+
+@pytest.mark.parametrize("name", ["", "cim_vit_tiny.tin200_e2", "hf-hub:org/name@v1", "org/name", "no name"])
+def test_a_name_is_remembered_as_it_is(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert located(name) == name
+
+
+@pytest.mark.parametrize("file", ["", "target.safetensors"])
+def test_a_run_does_not_start_from_itself(file, exported, configure):
+    with pytest.raises(ConfigError, match="which the run itself would write over: give another --out"):
+        started(configure("data", exported[0], init=str(exported[0] / file)))
 
 
 def test_a_resnet(configure, tmp_path):

@@ -1,6 +1,7 @@
 """A release tells of every run that its weights came from, and nothing of the machine."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,16 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cim_models.errors import CheckpointError
+from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import origin, read_stages, seen_by, texts
 from cim_models.hub.release import release
+from cim_models.hub.store import Weights
 from cim_models.pretraining.config import load_recipe
 
 
-def follow(first, folder, images: int, steps: int):
-    """A run that started from another one."""
+def follow(first, folder, images: int, steps: int, file: str = ""):
+    """A run that started from another one, or from a file of it."""
     shutil.copytree(first, folder)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "init": str(first), "out": str(folder)}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "init": str(first / file), "out": str(folder)}))
     for name in ("online", "target", "head"):
         with safe_open(folder / f"{name}.safetensors", "pt") as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
@@ -68,6 +71,40 @@ def test_runs_that_started_from_others(run, tmp_path, root):
         assert seen_by(place) == {"images_seen": 192000, "epoch": 5, "minutes": 800}
 
 
+def test_runs_that_started_from_one_encoder_of_others(run, tmp_path):
+    """They have what those started from, and what those saw, all the same."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "init": "cim_vit_tiny.tin200_e2"}))
+    second = follow(run, tmp_path / "second.1", images=38400, steps=200, file="target.safetensors")
+    stages = read_stages(follow(second, tmp_path / "third", images=76800, steps=300), "target")
+    began = origin(stages)
+    assert began.entry.id == "cim_vit_tiny.tin200_e2"
+    found = texts(stages, began, "photos", "a laptop")
+    commands = [header(found[name])["Command"] for name in ("recipe-1.yaml", "recipe-2.yaml", "recipe.yaml")]
+    assert commands == [
+        "cim pretrain DATA --recipe recipe-1.yaml --out RUN-1 --init cim_vit_tiny.tin200_e2",
+        "cim pretrain DATA --recipe recipe-2.yaml --out RUN-2 --init RUN-1/target.safetensors",
+        "cim pretrain DATA --recipe recipe.yaml --out RUN --init RUN-2",
+    ]
+    assert "# Started from: cim_vit_tiny.tin200_e2\n" in found["recipe-1.yaml"]
+
+
+def test_weights_of_the_hub_are_called_as_everybody_finds_them(run):
+    name = f"hf-hub:org/name@{'0' * 40}"
+    began = Weights(name, "cim_vit_tiny", {}, entry=load_manifest().default("cim_vit_tiny"))
+    recipe = header(texts(read_stages(run, "online"), began, "photos", "a laptop")["recipe.yaml"])
+    assert recipe["Started from"] == name and recipe["Command"].endswith(f"--init {name}")
+
+
+@pytest.mark.parametrize("file", ["", "online.safetensors"])
+def test_runs_that_started_from_each_other(file, run, tmp_path):
+    second = follow(run, tmp_path / "second", images=38400, steps=200, file=file)
+    shutil.rmtree(run)
+    follow(second, run, images=76800, steps=300)
+    with pytest.raises(CheckpointError, match="run was written over by a run that started from it"):
+        read_stages(run, "online")
+
+
 def test_how_long_an_encoder_without_a_log_was_trained(run, tmp_path):
     shutil.copy(run / "online.safetensors", tmp_path)
     assert seen_by(tmp_path / "online.safetensors") == {} == seen_by(run / "last.pt")
@@ -82,6 +119,18 @@ def test_a_start_that_is_gone(run, tmp_path, caplog):
     assert len(stages) == 1 and origin(stages) is None
     assert "moved, which the run started from, is gone" in caplog.text
     assert seen_by(third / "online.safetensors") == {}
+
+
+@pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="needs a user who may not read everything")
+@pytest.mark.parametrize("name", ["theirs", "theirs/run"])
+def test_a_start_that_may_not_be_read(name, run, tmp_path, caplog):
+    third = follow(follow(run, tmp_path / "theirs" / "run", images=38400, steps=200), tmp_path / "third", 76800, 300)
+    (tmp_path / name).chmod(0)
+    try:
+        assert origin(read_stages(third, "online")) is None and seen_by(third / "online.safetensors") == {}
+    finally:
+        (tmp_path / name).chmod(0o755)
+    assert "theirs/run, which the run started from, is gone" in caplog.text
 
 
 def test_a_start_that_is_damaged(run, tmp_path):

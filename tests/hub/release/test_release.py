@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from timm.models import PretrainedCfg
 
@@ -14,6 +15,7 @@ from cim_models.cli import main
 from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub import folder
 from cim_models.hub import release as module
+from cim_models.hub.entry import Data
 from cim_models.hub.manifest import load_manifest, write_manifest
 from cim_models.hub.store import read_header
 from cim_models.hub.verify import verify
@@ -211,9 +213,19 @@ def test_runs_that_are_not_whole(run, root, name):
     with pytest.raises(CheckpointError, match=str(run)):
         module.release(run, id="cim_vit_tiny.t1", root=root)
     (run / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{run}.*lacks {name}"):
+    hint = "; without a moving average, give --encoder online" if name == "target.safetensors" else ""
+    with pytest.raises(CheckpointError, match=f"{run}.*lacks {name}{hint}$"):
         module.release(run, id="cim_vit_tiny.t1", root=root)
     assert not (root / "weights").exists() or not list((root / "weights").iterdir())
+
+
+def test_data_that_a_run_and_what_it_started_from_saw_are_named_once(run, root):
+    before = load_manifest().default("cim_vit_tiny")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "init": before.id}))
+    for number, (data, expected) in enumerate([(before.data[0], []), (Data("mine", "free"), [Data("mine", "free")])]):
+        module.release(run, id=f"cim_vit_tiny.t{number}", data=data.name, terms=data.terms, root=root)
+        assert load_manifest(root).entries[f"cim_vit_tiny.t{number}"].data == (*before.data, *expected)
 
 
 def test_files_that_no_run_wrote(run, root):
