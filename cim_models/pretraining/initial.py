@@ -38,7 +38,8 @@ def start_from(config: PretrainConfig, cim: CIM) -> None:
     """Gives the model of a run the weights that `config.init` names.
 
     One encoder serves as both; without a correlation head there, the run's own is a new one, as those of the global
-    loss always are. Fixed position embeddings are those of the run's own image size.
+    loss always are, and the final norm of a classifier that has it behind the pooling. Fixed position embeddings are
+    those of the run's own image size.
 
     Args:
         config: The run.
@@ -67,9 +68,11 @@ def start_from(config: PretrainConfig, cim: CIM) -> None:
         cim.head.load_state_dict(trained.head.state_dict())
         encoders: tuple[nn.Module, nn.Module] = trained.online, trained.context_encoder
     else:
-        undescribed = found.model_args is None and isinstance(cim.online, VisionTransformer)
-        size = config.backbone.img_size if undescribed else None
-        encoders = (create_model(config.model, weights=init, num_classes=0, img_size=size),) * 2
+        args: dict[str, Any] = {}
+        if isinstance(cim.online, VisionTransformer):
+            size = config.backbone.img_size if found.model_args is None else None
+            args = {"img_size": size, "global_pool": "avg", "fc_norm": False}
+        encoders = (create_model(config.model, weights=init, num_classes=0, **args),) * 2
         logger.info("%s has no correlation head: the run begins with a new one", found.name)
     for ours, theirs in zip((cim.online, cim.target), encoders, strict=True):
         if ours is not None:

@@ -1,5 +1,6 @@
 """cim_models.pretraining.initial: the weights that a run starts from, compared with the files that hold them."""
 
+import json
 import logging
 import shutil
 
@@ -90,6 +91,20 @@ def test_an_encoder_alone(configure, tmp_path, caplog):
     ):
         with pytest.raises((ConfigError, WeightsError), match=error):
             started(configure("data", "out", init=str(tmp_path / f"{name}.safetensors"), backbone__img_size=96))
+
+
+def test_a_classifier_that_was_fine_tuned(configure, tmp_path):
+    """Its norm lies behind the pooling: that of tokens is a new one."""
+    config = {"architecture": "cim_vit_tiny", "model_args": {"img_size": 64, "global_pool": "avg", "fc_norm": True}}
+    tuned = build_encoder("cim_vit_tiny", num_classes=5, **config["model_args"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tuned.state_dict(), tmp_path / "model.safetensors")
+    cim = started(configure("data", "out", init=str(tmp_path)))
+    for encoder in (cim.online, cim.target):
+        state = encoder.state_dict()
+        assert all(torch.equal(state.pop(key), value) for key, value in tuned.state_dict().items() if key in state)
+        assert state.keys() == {"norm.weight", "norm.bias"}
+        assert state["norm.weight"].eq(1).all() and state["norm.bias"].eq(0).all()
 
 
 @pytest.mark.parametrize("spelling", ["first", "./first/", "local-dir:first", "~/first", "link", "link/x.safetensors"])
