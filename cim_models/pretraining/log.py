@@ -47,7 +47,7 @@ class Log:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out is {directory}, where no folder can be made: {error.strerror}") from error
-        recipe = {**to_dict(config), "init": located(config.init)}  # repeats the run, from anywhere
+        recipe = {**to_dict(config), "init": located(config.init), "resume": False}  # repeats the run, from anywhere
         text = yaml.safe_dump(recipe, sort_keys=False)
         with replacing(directory / "config.yaml", CheckpointError) as file:
             file.write_text(text, encoding="utf-8")

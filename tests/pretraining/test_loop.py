@@ -157,6 +157,11 @@ def test_a_damaged_log_is_named_before_it_is_replaced(tmp_path):
         assert (tmp_path / "log.jsonl").read_bytes() == content
 
 
+def test_the_configuration_of_a_run_that_went_on_repeats_it(tmp_path):
+    Log(tmp_path, PretrainConfig(resume=True, seed=3), 0, enabled=True)
+    assert load_recipe(tmp_path / "config.yaml") == PretrainConfig(seed=3)
+
+
 def test_a_run_is_not_overwritten(finished):
     out, config = finished
     before = (out / "last.pt").stat().st_mtime_ns
