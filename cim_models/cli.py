@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Of the command line, without the program's name; by default `sys.argv`.
 
     Returns:
-        The exit code: 0 done, 1 a `CimModelsError`, 2 wrong usage, 130 interrupted, 141 nobody reads the output.
+        The exit code: 0 done, 1 a `CimModelsError` or what may not be read, 2 wrong usage, 130 interrupted, 141 nobody
+        reads the output.
 
     Raises:
         SystemExit: By the parser, or with 143 on SIGTERM.
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
         sys.stdout.flush()
         return code
-    except CimModelsError as error:
+    except (CimModelsError, PermissionError) as error:  # the system's own says which file
         if debug:
             raise
         print(f"cim: {error}", file=sys.stderr)

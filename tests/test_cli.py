@@ -1,8 +1,10 @@
 """The command line as a user meets it: in a process of its own where that matters, in this one where it is enough."""
 
+import errno
 import inspect
 import json
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -105,6 +107,15 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
 
     monkeypatch.setattr("cim_models.hub.manifest.table", interrupt)
     assert usage(["list"], capsys) == (130, "", "cim: interrupted\n")
+
+
+def test_what_may_not_be_read_is_an_error_of_one_line(monkeypatch, capsys):
+    def refuse():
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "theirs/run")
+
+    monkeypatch.setattr("cim_models.hub.manifest.table", refuse)
+    code, out, err = usage(["list"], capsys)
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("cim: ") and "'theirs/run'" in err
 
 
 def test_a_message_is_said_once(capsys):

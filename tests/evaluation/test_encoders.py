@@ -23,7 +23,7 @@ def test_a_run_directory_and_each_of_its_encoders(run):
         assert describe(encoder, "x")["transform"]["input_size"] == (3, 64, 64)
 
 
-@pytest.mark.parametrize("name", ["mine", "mine.first"])
+@pytest.mark.parametrize("name", ["mine", "mine.first", "my first"])
 @pytest.mark.parametrize("opens", [open_encoder, open_pretext, create_model])
 def test_a_folder_that_is_called_like_a_model(run, tmp_path, monkeypatch, opens, name):
     """A name without slashes is no path; the error says how to write one, and that opens the folder."""
