@@ -212,7 +212,7 @@ def from_path(path: Path, architecture: str = "") -> Weights:
 
     Args:
         path: The folder or file.
-        architecture: Of a file that does not say itself.
+        architecture: Of a file that does not say itself, or says timm's name of it.
 
     Raises:
         WeightsError: If there is nothing of the kind, or it is damaged.
@@ -221,7 +221,10 @@ def from_path(path: Path, architecture: str = "") -> Weights:
         raise WeightsError(f"there is no {path}")
     if path.is_file():
         if re.fullmatch(MODEL, path.name) and (path.parent / "config.json").is_file():
-            return _from_folder(path.parent)
+            found = _from_folder(path.parent)
+            if not found.entry and architecture and found.architecture.startswith(architecture.removeprefix("cim_")):
+                return replace(found, architecture=architecture, model_args=found.model_args or None)  # of stock timm
+            return found
         if path.suffix != ".safetensors":
             raise WeightsError(
                 f"{path} is not a safetensors file: save the tensors with safetensors.torch.save_file "

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 from cim_models.backbones import build as build_encoder
 from cim_models.errors import ConfigError, WeightsError
@@ -84,6 +85,11 @@ def test_an_encoder_alone(configure, tmp_path, caplog):
         state = encoder.state_dict()
         assert all(torch.equal(state[key], value) for key, value in stock.state_dict().items() if "head" not in key)
     assert "stock.safetensors has no correlation head: the run begins with a new one" in caplog.text
+    save_for_hf(stock, tmp_path / "hub", safe_serialization=True)
+    again = started(configure("data", "out", init=str(tmp_path / "hub" / "model.safetensors"))).online.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in cim.online.state_dict().items())
+    loaded = create_model("cim_vit_tiny", weights=tmp_path / "hub" / "model.safetensors", img_size=64)
+    assert loaded.pretrained_cfg["mean"] == stock.pretrained_cfg["mean"] != RELEASED.preprocessing.mean
     save_file(stock.state_dict(), tmp_path / "told.safetensors", {"model_args": '{"img_size": 64}'})
     for name, error in (
         ("stock", "pos_embed has shape"),
