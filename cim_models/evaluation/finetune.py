@@ -32,6 +32,7 @@ from cim_models.hub.card import NOT_STATED
 from cim_models.hub.entry import Data, Entry, Metric, Preprocessing
 from cim_models.hub.folder import BLANK, staging, write_folder
 from cim_models.hub.load import create_transform
+from cim_models.hub.provenance import called, released
 from cim_models.hub.store import Weights
 from cim_models.images import read_image
 from cim_models.processes import without_gpus
@@ -332,11 +333,12 @@ def _release(
 
 def _entry(model: Any, found: Weights, report: Report, tag: str, which: str) -> Entry:
     """What is known of the release without its tensors."""
-    random, source = report.model["random_init"], found.entry
+    random = report.model["random_init"]
+    source = None if random else released(found)
     config = resolve_model_data_config(model)
     size = tuple(config["input_size"])
     train_name, val_name = (Path(report.data[name]["path"]).name for name in ("train", "val"))
-    start = "random weights" if random else found.name if source else Path(found.name).name
+    start = "random weights" if random else called(found)
     args = {key: value for key, value in (found.model_args or {}).items() if key != "num_classes"}
     if isinstance(model, VisionTransformer):
         args |= {"global_pool": "avg", "fc_norm": True}
@@ -353,8 +355,8 @@ def _entry(model: Any, found: Weights, report: Report, tag: str, which: str) -> 
         ),  # fmt: skip
         pretext=None,
         dtype="float32",
-        licence=source.licence if source and not random else NOT_STATED,
-        data=(*(source.data if source and not random else ()), Data(train_name, NOT_STATED)),
+        licence=source.licence if source else NOT_STATED,
+        data=(*(source.data if source else ()), Data(train_name, NOT_STATED)),
         metrics=(Metric("finetune_top1", report.result["headline"], val_name, report.command),) * (which == "best"),
         summary=f"{found.architecture} from {start}, fine-tuned on {model.num_classes} classes "
         f"for {report.result['epochs']:g} epochs: its {which} weights.",

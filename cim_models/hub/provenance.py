@@ -14,6 +14,7 @@ import yaml
 from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.card import LOG, RECIPE
+from cim_models.hub.entry import Entry
 from cim_models.hub.store import Header, Weights, read_header, resolve
 
 CONFIG = "config.yaml"
@@ -83,6 +84,19 @@ def origin(stages: Sequence[Stage]) -> Weights | None:
     except (ConfigError, WeightsError, PermissionError) as error:
         logger.warning("%s, which the run started from, is gone, so nothing is known of it: %s", start, error)
         return None
+
+
+def released(weights: Weights) -> Entry | None:
+    """The release that weights are, or that the run which left them started from, however many runs ago."""
+    file = next(iter(weights.files.values()), (Path(),))[0]
+    if weights.entry or not (file.parent / CONFIG).is_file():
+        return weights.entry
+    try:
+        began = origin(read_stages(file.parent, file.stem))
+    except CheckpointError as error:
+        logger.warning("what %s started from is not known: %s", weights.name, error)
+        return None
+    return began.entry if began else None
 
 
 def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: str) -> dict[str, str]:
@@ -216,5 +230,5 @@ def _recipe(stage: Stage, head: dict[str, str]) -> str:
     head = {**head, "Time": took, "Images": f"{stage.images:,} seen"}
     if last["step"] < last["steps"]:
         head["Stopped"] = f"after step {last['step']:,} of {last['steps']:,}"
-    comments = "".join(f"# {f'{key}:':9} {value}\n" for key, value in head.items())
+    comments = "".join(f"# {f'{key}:':9} {' '.join(value.split())}\n" for key, value in head.items())
     return comments + yaml.safe_dump(recipe, sort_keys=False)

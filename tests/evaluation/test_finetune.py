@@ -32,6 +32,7 @@ from cim_models.evaluation.finetune import (
     finetune,
     training_transform,
 )
+from cim_models.hub.manifest import load_manifest
 from cim_models.images import read_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +95,29 @@ def test_it_beats_chance_and_the_best_weights_are_those_that_were_measured(tuned
     assert saved["result"]["best_epoch"] in {line["epoch"] for line in history}
     top = max(line["score"] for line in history)
     assert next(line for line in history if line["epoch"] == saved["result"]["best_epoch"])["score"] == top
+
+
+def test_a_run_that_started_from_a_release_passes_its_licence_on(run, patterns, tmp_path):
+    before = load_manifest().default("cim_vit_tiny")
+    mine = shutil.copytree(run, tmp_path / "mine")
+    config = {"init": before.id, "data": {"size": 64}, "views": {"context_size": 64, "exemplars": {"size": 32}}}
+    (mine / "config.yaml").write_text(json.dumps(config))
+    (mine / "log.jsonl").write_text('{"step": 1, "images_seen": 0, "epoch": 0}\n')
+    splits, quick = (patterns / "train", patterns / "val"), replace(QUICK, epochs=1, held_out=0)
+    for start, untrained, expected in (
+        (mine, False, before),
+        (mine / "target.safetensors", False, before),
+        (mine, True, None),
+    ):
+        out = tmp_path / f"{start.stem}_{untrained}"
+        finetune(str(start), *splits, out, config=quick, limit_per_class=2, random_init=untrained)
+        entry = json.loads((out / "config.json").read_text())["cim_models"]
+        assert entry["licence"] == (expected.licence if expected else "not stated")
+        assert [data["name"] for data in entry["data"]] == [
+            *(d.name for d in (expected.data if expected else ())),
+            "train",
+        ]
+        assert entry["summary"].startswith(f"cim_vit_tiny from {'random weights' if untrained else start.name}, ")
 
 
 def test_the_report_says_how(tuned, patterns, run):

@@ -37,7 +37,7 @@ def header(text: str) -> dict[str, str]:
 
 
 def test_a_single_run(run):
-    found = texts(read_stages(run, "target"), None, "photos", "a laptop")
+    found = texts(read_stages(run, "target"), None, "photos", "a\nlaptop")
     assert sorted(found) == ["log.jsonl", "recipe.yaml"]
     assert header(found["recipe.yaml"]) == {
         "Command": "cim pretrain DATA --recipe recipe.yaml --out RUN", "Data": "photos", "Hardware": "a laptop",
