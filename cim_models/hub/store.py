@@ -120,7 +120,7 @@ def resolve(
     elif given.source == "path":
         if given.revision:
             raise ConfigError(f"{weights or name} is a path, which has no revision {given.revision!r}: leave it out")
-        found = from_path(Path(given.location).expanduser(), asked.architecture)
+        found = from_path(Path(os.path.expanduser(given.location)), asked.architecture)
     else:
         manifest = manifest or known_manifest(given.id, part, access)
         found = _from_manifest(given, manifest.find(given.id, part), manifest.root, access)

@@ -1,6 +1,7 @@
 """The weights that a run starts from: another run's, a release's, or those of an encoder alone."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def located(init: str) -> str:
         return init
     try:
         given = parse_name(Path(init) if Path(init).exists() else init)
-        path = Path(given.location).expanduser()
+        path = Path(os.path.expanduser(given.location))
         full = path.parent.resolve() / path.name if path.is_file() else path.resolve()  # what a file is, lies beside it
     except (ConfigError, PermissionError):
         return init
@@ -50,9 +51,9 @@ def start_from(config: PretrainConfig, cim: CIM) -> None:
             image size.
         WeightsError: If there are no such weights, they are damaged, or of another architecture.
     """
-    init, place, out = config.init, Path(located(config.init)), Path(config.out).resolve()
+    init, place, out = config.init, Path(located(config.init)).absolute(), Path(config.out).resolve()
     if place in (out, out / "online.safetensors", out / "target.safetensors"):
-        raise ConfigError(f"init is {init}, which the run itself would write over: give another --out")
+        raise ConfigError(f"init is {init}, which is where the run writes: give another --out")
     try:
         found = resolve(config.model, init)
     except (ConfigError, WeightsError) as error:

@@ -136,10 +136,12 @@ def test_a_name_is_remembered_as_it_is(name, tmp_path, monkeypatch):
     assert located(name) == name
 
 
-@pytest.mark.parametrize("file", ["", "target.safetensors"])
-def test_a_run_does_not_start_from_itself(file, exported, configure):
-    with pytest.raises(ConfigError, match="which the run itself would write over: give another --out"):
-        started(configure("data", exported[0], init=str(exported[0] / file)))
+def test_a_run_does_not_start_from_itself(exported, configure):
+    """Nor is it called like what it starts from, which would be a name of the run from then on."""
+    run = str(exported[0])
+    for init, out in ((run, run), (f"{run}/target.safetensors", run), (RELEASED.id, RELEASED.id)):
+        with pytest.raises(ConfigError, match="which is where the run writes: give another --out"):
+            started(configure("data", out, init=init))
 
 
 def test_a_resnet(configure, tmp_path):
@@ -156,6 +158,7 @@ def test_a_resnet(configure, tmp_path):
         ({"init": "cim_vit_tiny"}, ConfigError, f"may mean other weights another day: give {RELEASED.id}"),
         ({"init": "cim_vit_tiny.absent"}, WeightsError, "init: no weights are released as 'cim_vit_tiny.absent'"),
         ({"init": "./absent"}, WeightsError, "init: there is no absent"),
+        ({"init": "~nobody-here/run"}, WeightsError, "init: there is no ~nobody-here/run"),
         ({"model": "cim_vit_small"}, WeightsError, "holds weights of cim_vit_tiny, not of cim_vit_small"),
         ({"pretext__head_heads": 3}, ConfigError, f"has pretext.head_heads {OF_THE_RELEASE['pretext__head_heads']}:"),
         ({"pretext__head": "cosine"}, ConfigError, "has pretext.head cross_attention, pretext.head_width"),
