@@ -176,7 +176,7 @@ def augmentation(
     """
     return v2.Compose(
         [
-            v2.ScaleJitter(crop, scale),
+            v2.ScaleJitter(crop[::-1], scale),  # takes width, height
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(colour, colour, colour),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),

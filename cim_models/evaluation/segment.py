@@ -122,7 +122,7 @@ def segment(
     _check_takes(segmenter, crop, accelerator.device)
 
     sources = {name: split.describe() for name, split in splits.items()}
-    protocol = variant(f"segment-{head}-1", {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
+    protocol = variant(f"segment-{head}-2", {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     run = {"protocol": protocol, "weights_sha256": described["weights_sha256"], "train": sources["train"]["sha256"]}
     trained = fit(task, config, plan, accelerator, out, run, resume)
     best = trained.best or trained.last

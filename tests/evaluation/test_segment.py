@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
+from torchvision import tv_tensors
 from torchvision.transforms.functional import to_tensor
 
 from cim_models.errors import CheckpointError, ConfigError, DataError, WeightsError
@@ -139,6 +140,20 @@ def test_a_picture_and_its_labels_are_augmented_together(scenes):
     assert np.mean(agree) > 0.97
 
 
+@pytest.mark.parametrize(
+    ("crop", "size", "seen"),
+    [((48, 96), (72, 144), (48, 96)), ((96, 48), (144, 72), (96, 48)), ((48, 96), (90, 60), (48, 32)),
+     ((60, 60), (60, 90), (40, 60))],
+)  # fmt: skip
+def test_a_scale_of_one_just_fits_into_the_crop(crop, size, seen):
+    augment = augmentation(crop, (1.0, 1.0), 0.0, (0.0,) * 3, (1.0,) * 3)
+    picture = tv_tensors.Image(torch.full((3, *size), 200, dtype=torch.uint8))
+    image, labels = augment(picture, tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8)))
+    inside = labels != IGNORED
+    assert image.shape[1:] == labels.shape == crop
+    assert (inside.any(dim=1).sum().item(), inside.any(dim=0).sum().item()) == pytest.approx(seen, abs=1)
+
+
 @pytest.mark.parametrize("head", ["linear", "pyramid"])
 def test_scenes_are_learned(scenes, run, tmp_path, head):
     report = segment(str(run), scenes, tmp_path / "out", head=head, config=QUICK)
@@ -146,7 +161,7 @@ def test_scenes_are_learned(scenes, run, tmp_path, head):
     assert saved["result"]["headline"] == report.result["headline"] > 0.5 and "mIoU" in str(report)
     assert list(saved["result"]["iou"]) == ["Ground", "Sky", "Ball"]
     assert saved["result"]["headline"] == pytest.approx(np.mean(list(saved["result"]["iou"].values())))
-    assert saved["protocol"].startswith(f"segment-{head}-1, lr=0.004") and saved["settings"]["crop"] == [90, 61]
+    assert saved["protocol"].startswith(f"segment-{head}-2, lr=0.004") and saved["settings"]["crop"] == [90, 61]
     assert saved["data"]["train"]["images"] == 20 and saved["data"]["train"]["classes"] == 3
     assert saved["settings"]["training_images"] == 18 and len(saved["result"]["history"]) == 8
     state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["best"]
