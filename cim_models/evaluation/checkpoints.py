@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from cim_models.errors import WeightsError, some
 from cim_models.state import read_tensors
 
+COUNTER = "num_batches_tracked"
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,15 +35,17 @@ def load_checkpoint(model: nn.Module, file: str | Path, name: str) -> None:
 
     Raises:
         WeightsError: If the file is missing or damaged, holds no or several encoders of this architecture, or a tensor
-            is missing or has another shape.
+            is missing, has another shape, or belongs to a part of the encoder that this architecture has without it.
     """
     path, asked = _location(file)
     tensors = dict(_flat(_read(path)))
     expected = model.state_dict()
     prefix = _find(tensors, expected, path, asked, name)
     found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    parts = {_part(key) for key in expected} - _classifiers(model)
     if expected.keys() <= found.keys():
-        found = {key: found[key] for key in expected}
+        found = {key: value for key, value in found.items() if key in expected or _part(key) in parts}
+    _check_patches(found, expected, path, name)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
         found = found if convert is None else convert(found, model)
@@ -51,12 +55,35 @@ def load_checkpoint(model: nn.Module, file: str | Path, name: str) -> None:
     if wrong:
         shapes = [f"{key} is {tuple(found[key].shape)}, not {tuple(expected[key].shape)}" for key in wrong]
         raise WeightsError(f"{path} does not fit {name}: size mismatch, {some(shapes)}")
+    more = [key for key in found if _part(key) in parts and key not in expected and not key.endswith(COUNTER)]
+    if more:
+        raise WeightsError(f"{path} holds an encoder with more than {name} has, {some(more)}: check the model's name")
     result = model.load_state_dict(found, strict=False)
-    missing = [key for key in result.missing_keys if not key.endswith("num_batches_tracked")]
+    missing = [key for key in result.missing_keys if not key.endswith(COUNTER)]
     if missing:
         raise WeightsError(f"{path} does not fit {name}: it lacks {some(missing)}")
     unused = len(tensors) - (len(expected) - len(result.missing_keys))
     logger.info("%s: %d tensors of %r are the encoder, %d others are left out", path, len(expected), prefix, unused)
+
+
+def _part(key: str) -> str:
+    """What a tensor belongs to, such as `blocks` or `layer1`: decoders and classifiers have parts of their own."""
+    return key.partition(".")[0]
+
+
+def _classifiers(model: nn.Module) -> set[str]:
+    """The parts of a timm model that hold its classifiers."""
+    cfg: Any = getattr(model, "pretrained_cfg", {})
+    names = cfg.get("classifier") or ()
+    return {_part(name) for name in ([names] if isinstance(names, str) else names)}
+
+
+def _check_patches(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Raises WeightsError if patches are of another size: timm would resample what embeds them."""
+    for key in found.keys() & expected.keys():
+        sizes = [tuple(tensors[key].shape[2:]) for tensors in (found, expected)]
+        if key.startswith("patch_embed.") and len(sizes[0]) == 2 and sizes[0] != sizes[1]:
+            raise WeightsError(f"{path} does not fit {name}: {key} is for patches of {sizes[0]}, not {sizes[1]} pixels")
 
 
 def _location(file: str | Path) -> tuple[Path, str]:

@@ -114,6 +114,34 @@ def test_what_does_not_fit_is_said(tmp_path, source):
         refused("c.pth cannot be read: not a file that torch.save wrote")
 
 
+def test_a_larger_encoder_is_not_taken_for_a_smaller_one(tmp_path):
+    """All that the smaller one asks for is there, with the right shapes: only what would be left out tells."""
+    small = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 64}
+    for name, options, changed, message in (
+        ("test_resnet", {}, {"layers": (1, 1, 2, 1)}, r"more than test_resnet has, layer3.1.conv1.weight,.*: check"),
+        ("vit_tiny_patch16_224", small, {"depth": 3}, "more than .* has, blocks.2.norm1.weight"),
+        ("vit_tiny_patch16_224", small, {"init_values": 1.0}, "blocks.0.ls1.gamma, blocks.0.ls2.gamma, blocks.1"),
+        ("vit_tiny_patch16_224", small, {"patch_size": 8}, r"weight is for patches of \(8, 8\), not \(16, 16\)"),
+    ):
+        larger = fresh(name, **{**options, **changed})
+        model = fresh(name, **options)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for file in ({"model": larger.state_dict()}, under("module.encoder.", larger.state_dict())):
+            torch.save(file, tmp_path / "c.pth")
+            with pytest.raises(WeightsError, match=message):
+                load_checkpoint(model, tmp_path / "c.pth", name)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_a_whole_classifier_holds_its_encoder(tmp_path, name):
+    source = timm.create_model(name, num_classes=9)
+    torch.save(source.state_dict(), tmp_path / "c.pth")
+    model = fresh(name)
+    load_checkpoint(model, tmp_path / "c.pth", name)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 def test_an_encoder_is_opened_with_them(tmp_path, source, run):
     torch.save(forms(source.state_dict())["mae"], tmp_path / "c.pth")
     file = str(tmp_path / "c.pth")
