@@ -49,6 +49,8 @@ NONE = Features(torch.empty(0), torch.empty(0, dtype=torch.long), {})
 def pool(model: Any, images: Tensor, pooling: Pooling = "patches") -> Tensor:
     """Runs a timm model to its final norm and pools what comes out.
 
+    A norm behind timm's own pooling (`fc_norm`: BEiT, what `finetune` writes) is part of its classifier, and left out.
+
     Args:
         model: Any timm model.
         images: (B, 3, H, W), normalised.
@@ -56,9 +58,15 @@ def pool(model: Any, images: Tensor, pooling: Pooling = "patches") -> Tensor:
             (B, D); `both`, class token and mean beside each other (B, 2 D); `dense`, the map (B, D, h, w).
 
     Raises:
-        ConfigError: If the class token is asked of a model that has none.
+        ConfigError: If the class token is asked of a model that has none, or a model mixes one with its patches and
+            does not say where.
     """
-    prefix = getattr(model, "num_prefix_tokens", 0)
+    prefix = getattr(model, "num_prefix_tokens", None)
+    if prefix is None and pooling != "dense" and any("cls_token" in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            f"pooling={pooling!r}: {type(model).__name__} does not say which of its tokens are patches, so it cannot "
+            "be measured; give another model"
+        )
     if pooling in ("class", "both") and (not prefix or getattr(model, "cls_token", None) is None):
         raise ConfigError(f"pooling={pooling!r}: {type(model).__name__} has no class token; use pooling='patches'")
     if pooling == "dense":
@@ -103,9 +111,11 @@ def extract(
 
     Raises:
         DataError: If no image can be read, or a feature is not finite (naming the image).
-        ConfigError: If the model has no such pooling.
+        ConfigError: If the model has no such pooling, or a number cannot work.
         CimModelsError: If another process has ended.
     """
+    if batch_size < 1 or workers < 0:
+        raise ConfigError(f"batch_size={batch_size}, workers={workers}: must be 1 or more, and 0 or more")
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     mine = batches[processes.rank :: processes.count]
     hidden = None if progress and processes.first else True

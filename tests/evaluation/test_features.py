@@ -85,6 +85,17 @@ def test_any_timm_model(name, options):
         torch.testing.assert_close(pool(model, images, "class"), last[:, 0])
 
 
+@pytest.mark.parametrize("name", ["coat_lite_tiny", "crossvit_9_240", "pit_ti_224", "volo_d1_224"])
+def test_class_tokens_in_an_unknown_place_are_no_patches(name):
+    """timm's forward passes of these have a class token among what they return, and do not say where."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0).eval()
+        images = torch.zeros(1, *model.pretrained_cfg["input_size"])
+    for pooling in ("patches", "class", "both"):
+        with pytest.raises(ConfigError, match=f"pooling='{pooling}': .* does not say which of its tokens are patches"):
+            pool(model, images, pooling)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_extract_equals_one_pass_over_all(photographs, vit, transform, workers):
     paths = find_images(photographs(5, 80))
@@ -136,6 +147,9 @@ def test_unreadable_images_are_named_and_counted(tmp_path, photographs, vit, tra
         extract_all(vit, paths[:2], transform=transform, workers=0)
     with pytest.raises(DataError, match="none of 0"):
         extract_all(vit, [], transform=transform)
+    for batch_size, workers in ((0, 0), (-1, 0), (1, -1)):
+        with pytest.raises(ConfigError, match=f"batch_size={batch_size}, workers={workers}: must be"):
+            extract_all(vit, good, transform=transform, batch_size=batch_size, workers=workers)
 
 
 def test_very_long_pictures_take_no_memory(vit, transform):
