@@ -1,6 +1,7 @@
 """Linear probe: what a linear classifier reads off frozen features, its learning rate chosen on training images."""
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def linear(
     command = command_of("evaluate linear", linear, locals())
     if quick and (epochs, lrs) != (EPOCHS, LRS):
         raise ConfigError("epochs and lrs are of SGD, quick is not: leave one of them out")
-    if epochs < 1 or not lrs or min(lrs) <= 0:
+    if epochs < 1 or not lrs or not all(0 < lr < math.inf for lr in lrs):
         raise ConfigError(f"epochs={epochs}, lrs={lrs}: give at least one epoch and learning rates above 0")
     frozen = frozen_features(
         model, train, val, out, config, weights=weights, random_init=random_init, image_size=image_size,
@@ -102,6 +103,8 @@ def linear(
         if len(grid) > 1 and chosen in (grid[0], grid[-1]):
             logger.warning("the best of %s is the outermost, %g: a better one may lie beyond", grid, chosen)
         (heads,) = fit(slice(None), [chosen])
+        if not heads.weight.isfinite().all():
+            raise ConfigError(f"lrs={grid}: the classifier has diverged with the best of them; give smaller ones")
         tops = (1, 5) if classes > 5 else (1,)
         scores = {f"top-{k}": heads.accuracies(frozen.val.features, frozen.val.labels, k)[0] for k in tops}
 

@@ -64,6 +64,11 @@ def test_the_images_to_classify_have_no_say_in_the_choice(splits, folders, run):
 def test_what_cannot_work_is_said(splits, folders, run):
     with pytest.raises(ConfigError, match="epochs=0"):
         linear(str(run), *folders, splits / "l.json", epochs=0)
+    for lrs in ((), (0.1, 0.0), (float("nan"),), (0.1, float("inf"))):
+        with pytest.raises(ConfigError, match="learning rates above 0"):
+            linear(str(run), *folders, splits / "l.json", lrs=lrs)
+    with pytest.raises(ConfigError, match="has diverged with the best of them"):
+        linear(str(run), *folders, splits / "l.json", lrs=(1e38, 3e38), config=HERE)
     with pytest.raises(ConfigError, match="of SGD, quick is not"):
         linear(str(run), *folders, splits / "l.json", epochs=3, quick=True)
     with pytest.raises(DataError, match="train: each class has one training image"):
