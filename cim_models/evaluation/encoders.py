@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import DropPath, PatchEmbed
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
@@ -160,6 +161,10 @@ def _like(found: Weights) -> nn.Module:
 
 def _resize(encoder: Any, size: int) -> None:
     """Makes an encoder, and the transform that belongs to it, take images of another size."""
+    embed: Any = getattr(encoder, "patch_embed", None)
+    sides = embed.patch_size if isinstance(embed, PatchEmbed) and not embed.dynamic_img_pad else (1,)
+    if size < 1 or any(size % side for side in sides):
+        raise ConfigError(f"image_size={size} does not fit {type(encoder).__name__}: give a multiple of {max(sides)}")
     if hasattr(encoder, "set_input_size") and not getattr(encoder, "dynamic_img_size", False):
         try:
             encoder.set_input_size(img_size=size)
@@ -185,7 +190,8 @@ def rebuilt(encoder: Any, model_args: Mapping[str, Any], seed: int = 0, **change
         changes: What timm's constructor or builder shall get beside.
 
     Returns:
-        The new model with the encoder's weights, on its device, in evaluation mode.
+        The new model with the encoder's weights, on its device, in evaluation mode; without stochastic depth unless
+        `drop_path_rate` is among the changes.
 
     Raises:
         ConfigError: If the architecture does not take such an argument.
@@ -203,6 +209,10 @@ def rebuilt(encoder: Any, model_args: Mapping[str, Any], seed: int = 0, **change
     model.pretrained_cfg = {**encoder.pretrained_cfg, "num_classes": changes.get("num_classes", 0)}
     inner = model.model if isinstance(model, FeatureGetterNet) else model
     held, wanted = encoder.state_dict(), inner.state_dict()
+    if not changes.get("drop_path_rate"):  # some architectures of timm have one of their own
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.drop_prob = 0.0
     new = {"norm", "fc_norm", str(encoder.pretrained_cfg["classifier"]).partition(".")[0]}
     lost = set() if changes.get("features_only") else held.keys() - wanted
     odd = sorted(key for key in {*lost, *(wanted.keys() - held)} if key.partition(".")[0] not in new)

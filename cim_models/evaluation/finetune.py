@@ -20,7 +20,7 @@ from timm.models import VisionTransformer, save_for_hf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from cim_models.errors import DataError
+from cim_models.errors import ConfigError, DataError
 from cim_models.evaluation.batches import Example, collate, image_seed
 from cim_models.evaluation.encoders import describe, find_weights, open_encoder, rebuilt
 from cim_models.evaluation.features import middle
@@ -110,7 +110,7 @@ def finetune(
         CheckpointError: If `out` holds a run that is not to be resumed, or what it holds is of another run.
         WeightsError: If there are no such weights, or they do not fit.
     """
-    command = command_of("evaluate finetune", finetune, locals())
+    command = command_of("evaluate finetune", finetune, {**locals(), "resume": False})
     protocol = variant(PROTOCOL, {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     config.check()
     out = Path(out)
@@ -187,16 +187,19 @@ def build_classifier(encoder: Any, model_args: Any, classes: int, config: Finetu
 
 
 def training_transform(classifier: nn.Module, config: FinetuneConfig) -> Callable[[Any], Tensor]:
-    """timm's random augmentation: RGB picture → (3, H, W) float32, normalised."""
-    return create_transform(
-        classifier,
-        is_training=True,
-        scale=config.crop_area,
-        auto_augment=None if config.auto_augment in ("", "none") else config.auto_augment,
-        color_jitter=None,
-        re_prob=config.erasing,
-        re_mode="pixel",
-    )
+    """timm's random augmentation: RGB picture → (3, H, W) float32, normalised; ConfigError if it does not know one."""
+    try:
+        return create_transform(
+            classifier,
+            is_training=True,
+            scale=config.crop_area,
+            auto_augment=None if config.auto_augment in ("", "none") else config.auto_augment,
+            color_jitter=None,
+            re_prob=config.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"auto_augment={config.auto_augment!r} is not in timm's words: {error}") from error
 
 
 class Pictures(Dataset[Example]):

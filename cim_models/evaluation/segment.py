@@ -92,7 +92,7 @@ def segment(
         CheckpointError: If `out` holds a run that is not to be resumed, or what it holds is of another run.
         WeightsError: If there are no such weights, or they do not fit.
     """
-    command = command_of("evaluate segment", segment, locals())
+    command = command_of("evaluate segment", segment, {**locals(), "resume": False})
     config.check()
     data, out = Path(data), Path(out)
     check_new(out, resume)

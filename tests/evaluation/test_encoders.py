@@ -61,8 +61,10 @@ def test_models_of_timm(tmp_path):
     assert describe(encoder, "test_vit")["transform"]["input_size"] == (3, 64, 64)
     torch.testing.assert_close(open_encoder("test_vit", random_init=True, seed=3).state_dict(), expected.state_dict())
     assert encoder(IMAGES).shape == (2, 64)
-    with pytest.raises(ConfigError, match="image_size"):
-        open_encoder("swin_tiny_patch4_window7_224", random_init=True, image_size=1)
+    for name, size in (("swin_tiny_patch4_window7_224", 1), ("test_vit", 100), ("test_resnet", 0), ("test_vit", -16)):
+        with pytest.raises(ConfigError, match=f"image_size={size} does not fit"):
+            open_encoder(name, random_init=True, image_size=size)
+    assert open_encoder("test_resnet", random_init=True, image_size=50, device="cpu")(IMAGES[..., :50, :50]).ndim == 2
 
 
 def test_another_image_size(run):

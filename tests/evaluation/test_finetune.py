@@ -214,6 +214,15 @@ def test_a_classifier_is_the_encoder_with_a_new_head(name):
     assert max(drops, default=0) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_stochastic_depth_is_that_of_the_recipe(rate):
+    """Swin has some of its own, which 0 has to take away."""
+    encoder = open_encoder("swin_tiny_patch4_window7_224", random_init=True, device="cpu")
+    classifier = build_classifier(encoder, {}, 7, replace(DEFAULT, drop_path=rate))
+    drops = [module.drop_prob for module in classifier.modules() if isinstance(module, timm.layers.DropPath)]
+    assert max(drops) == pytest.approx(rate)
+
+
 def test_a_model_of_timm_becomes_a_folder_of_timm(patterns, tmp_path):
     out = tmp_path / "out"
     config = replace(QUICK, epochs=0.2, drop_path=0.0)
@@ -333,6 +342,9 @@ def test_what_is_wrong_with_the_data_is_said_before_anything_is_trained(patterns
         tune()
     with pytest.raises(ConfigError, match="mixup is -1.0; it must be 0 or more"):
         tune(mixup=-1.0)
+    for words in ("rubbish", "rand-x9"):
+        with pytest.raises(ConfigError, match=f"auto_augment='{words}' is not in timm's words"):
+            training_transform(open_encoder(str(run), device="cpu"), replace(QUICK, auto_augment=words))
     assert not (tmp_path / "out").exists()
 
 
@@ -378,6 +390,7 @@ def test_a_killed_run_goes_on_bit_for_bit(patterns, run, tmp_path):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     reports = [json.loads((out / "finetune.json").read_text()) for out in (whole, broken)]
     assert reports[0]["result"] == reports[1]["result"]
+    assert reports[1]["command"] == reports[0]["command"].replace(str(whole), str(broken))  # repeats it from the start
 
 
 def test_two_processes_share_a_step(patterns, run, tmp_path, launch):

@@ -251,6 +251,7 @@ def test_half_a_run_and_its_continuation_are_the_whole_run(scenes, run, tmp_path
         segment(str(run), scenes, tmp_path / "halves", head=head, config=replace(config, width=64), resume=True)
     both = segment(str(run), scenes, tmp_path / "halves", head=head, config=config, resume=True)
     assert both.result == whole.result and len(both.result["history"]) == 3
+    assert both.command == whole.command.replace(str(tmp_path / "whole"), str(tmp_path / "halves"))
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
     assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
     logs = [(tmp_path / name / "training.jsonl").read_text() for name in ("whole", "halves")]
