@@ -10,7 +10,11 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
+def used_precision(precision: str) -> str:
+    """`bf16` or `fp32`: what is asked for, or, where that is `auto`, what this machine is fast with."""
+    return ("bf16" if fast_bf16() else "fp32") if precision == "auto" else precision
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Matrix products in bfloat16 for `bf16`, for `auto` where the machine is fast with it, and not for `fp32`."""
-    bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=used_precision(precision) == "bf16")

@@ -134,7 +134,7 @@ def finetune(
     del encoder
     data = {name: {**split.fingerprint(), "limit_per_class": limit_per_class} for name, split in splits.items()}
     run = {"protocol": PROTOCOL, "weights_sha256": described["weights_sha256"], "train": data["train"]["sha256"]}
-    run["input_size"] = list(classifier.pretrained_cfg["input_size"])
+    run["transform"] = described["transform"]
     task = _task(classifier.to(accelerator.device), splits["train"], used, held, config, accelerator)
     trained = fit(task, config, plan, accelerator, out, run, resume)
 
@@ -310,7 +310,7 @@ def _task(
         Pictures(split, used, training_transform(classifier, config), config.seed),
         len(used),
         SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(config.smoothing),
-        (lambda model: evaluate(model, choosing, accelerator, config)[0]) if held else None,
+        (lambda model: evaluate(model, choosing, accelerator, config)) if held else None,
     )
     if mixes:
         task.augment = mixup

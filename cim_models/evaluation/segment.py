@@ -117,13 +117,14 @@ def segment(
         Maps(splits["train"], used, augment, config.seed),
         len(used),
         pixel_loss,
-        (lambda model: _score(*evaluate(model, choosing, accelerator, config))) if held else None,
+        (lambda model: (_score(*evaluate(model, choosing, accelerator, config)), [])) if held else None,
     )
     _check_takes(segmenter, crop, accelerator.device)
 
     sources = {name: split.describe() for name, split in splits.items()}
     protocol = variant(f"segment-{head}-2", {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     run = {"protocol": protocol, "weights_sha256": described["weights_sha256"], "train": sources["train"]["sha256"]}
+    run["transform"] = described["transform"]
     trained = fit(task, config, plan, accelerator, out, run, resume)
     best = trained.best or trained.last
     segmenter.load_state_dict(best)

@@ -24,7 +24,7 @@ from cim_models.errors import CheckpointError, ConfigError
 from cim_models.evaluation.batches import Example, Steps, collate, step_seed
 from cim_models.evaluation.recipe import Plan, TrainConfig
 from cim_models.files import replacing
-from cim_models.precision import autocast
+from cim_models.precision import autocast, used_precision
 from cim_models.processes import none_is_lost
 from cim_models.state import differences, flat, load_state, save_state
 from cim_models.workers import one_thread, usable_workers
@@ -55,8 +55,9 @@ class Task:
     """How many there are."""
     loss: Callable[[Tensor, Tensor], Tensor]
     """(outputs in fp32, targets) → mean over the images."""
-    measure: Callable[[nn.Module], dict[str, float]] | None
-    """A model in evaluation mode → numbers of the held-out images: the first is a score, and `loss`; None without."""
+    measure: Callable[[nn.Module], tuple[dict[str, float], list[str]]] | None
+    """A model in evaluation mode → numbers of the held-out images, of which the first is a score, and `loss`, and
+    `path: reason` of those that could not be read; None without any."""
     augment: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda inputs, targets: (inputs, targets)
     """What is done to a whole batch of a process."""
 
@@ -73,7 +74,7 @@ class Trained:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One record per epoch, as in the log."""
     unreadable: list[str] = field(default_factory=list)
-    """Training images that were replaced by others."""
+    """Training images that were replaced by others, and held-out ones that were left out."""
 
     def course(self, plan: Plan, metric: str) -> dict[str, Any]:
         """For the result of a report: how long it took, and what was measured on the way."""
@@ -94,6 +95,7 @@ def settings_of(config: TrainConfig, plan: Plan, used: int, held: int) -> dict[s
     """For the settings of a report: the recipe, and what became of it with so many images to train on and held out."""
     return {
         **{name: value for name, value in asdict(config).items() if name != "workers"},
+        "precision": used_precision(config.precision),
         "optimiser": "AdamW",
         "training_images": used,
         "held_out_images": held,
@@ -184,13 +186,13 @@ def fit(
                 )
             for statistics in kept.buffers():  # of the images of each process: those of the first one are saved
                 broadcast(statistics)
-            numbers = _measured(task, kept)
+            numbers, left_out = _measured(task, kept)
             record = {
                 "epoch": done / plan.steps_per_epoch, "step": done, "images_seen": done * plan.batch,
                 "loss": float(loss), "lr": lr, **{f"held_out_{name}": value for name, value in numbers.items()},
             }  # fmt: skip
             trained.history.append(record)
-            trained.unreadable = sorted({*trained.unreadable, *gather_object(failed)})
+            trained.unreadable = sorted({*trained.unreadable, *gather_object(failed), *left_out})
             new = (next(iter(numbers.values())), -numbers["loss"]) if numbers else (-math.inf, float(done))
             if new > score:
                 score, trained.best, trained.epoch = new, _copy(kept), record["epoch"]
@@ -240,9 +242,9 @@ def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
 
 
-def _measured(task: Task, model: nn.Module) -> dict[str, float]:
+def _measured(task: Task, model: nn.Module) -> tuple[dict[str, float], list[str]]:
     if task.measure is None:
-        return {}
+        return {}, []
     with evaluation_mode(model), torch.no_grad():
         return task.measure(model)
 

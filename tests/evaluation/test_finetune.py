@@ -32,6 +32,7 @@ from cim_models.evaluation.finetune import (
     finetune,
     training_transform,
 )
+from cim_models.evaluation.splits import hold_out, read_split
 from cim_models.hub.manifest import load_manifest
 from cim_models.images import read_image
 
@@ -306,6 +307,11 @@ def test_unreadable_images_are_replaced_or_left_out_and_named(patterns, run, tmp
     assert 1 <= len(named) <= 8 and all(any(line.startswith(str(path)) for path in broken) for line in named)
     assert [line.split(": ")[0] for line in report.data["val"]["unreadable"]] == [str(broken[-1])]
     assert report.result["history"] == [] and report.result["best_epoch"] == 1
+    split = read_split(folders[0])
+    held = hold_out(split.labels, QUICK.held_out, QUICK.seed)[1].tolist()
+    split.paths[held[0]].write_text("no picture")
+    report = finetune(str(run), *folders, tmp_path / "held", config=replace(QUICK, epochs=0.2))
+    assert f"{split.paths[held[0]]}: not an image" in report.data["train"]["unreadable"]
     for path in (tmp_path / "data" / "val").rglob("*.png"):
         path.write_text("no picture")
     with pytest.raises(DataError, match="val: none of 30 images can be read; the first: .*png: not an image"):
@@ -354,6 +360,15 @@ def test_another_run_in_the_folder_is_not_overwritten(tuned, patterns, run):
         finetune(str(run), patterns / "train", patterns / "val", out, config=QUICK)
     with pytest.raises(CheckpointError, match="config.drop_path: 0.1 in the checkpoint, 0.3 asked for"):
         finetune(str(run), patterns / "train", patterns / "val", out, config=replace(QUICK, drop_path=0.3), resume=True)
+
+
+def test_other_preprocessing_is_another_run(patterns, tmp_path):
+    """Tags of timm may differ in that alone."""
+    options = dict(random_init=True, image_size=32, config=replace(QUICK, epochs=0.05, batch_size=4, held_out=0.0))
+    folders = patterns / "train", patterns / "val"
+    finetune("resnet18.tv_in1k", *folders, tmp_path / "out", **options)
+    with pytest.raises(CheckpointError, match="transform.crop_pct: 0.875 in the checkpoint, 0.95 asked for"):
+        finetune("resnet18.a1_in1k", *folders, tmp_path / "out", **options, resume=True)
 
 
 FRESH = """

@@ -16,7 +16,7 @@ from cim_models.errors import CheckpointError, ConfigError, DataError
 from cim_models.evaluation.batches import Steps, image_seed, seeded
 from cim_models.evaluation.finetune import FinetuneConfig
 from cim_models.evaluation.recipe import Plan, TrainConfig, make_plan
-from cim_models.evaluation.training import Task, fit, layer_groups
+from cim_models.evaluation.training import Task, fit, layer_groups, settings_of
 
 
 def depth_of(name: str) -> tuple[int, ...]:
@@ -69,6 +69,14 @@ def test_short_runs_warm_up_for_a_fifth():
         make_plan(TrainConfig(), 3, processes=2, even=True)
     with pytest.raises(DataError, match="100 training images do not fill a step of 256"):
         make_plan(TrainConfig(batch_size=256), 100)
+
+
+def test_the_settings_say_which_precision_was_used(monkeypatch):
+    for fast, auto in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("cim_models.precision.fast_bf16", lambda fast=fast: fast)
+        plan = make_plan(TrainConfig(), 100)
+        used = [settings_of(TrainConfig(precision=p), plan, 90, 10)["precision"] for p in ("auto", "bf16", "fp32")]
+        assert used == [auto, "bf16", "fp32"]
 
 
 def test_every_epoch_sees_each_image_once_in_another_order_and_goes_on_anywhere():
@@ -128,7 +136,7 @@ def run(folder, config, resume=False, stop_after=None):
             points, clouds = torch.randn(64, 8), torch.arange(64) % 2
         logits = model(points + clouds[:, None])
         accuracy = (logits.argmax(1) == clouds).float().mean().item()
-        return {"top-1": accuracy, "loss": nn.functional.cross_entropy(logits, clouds).item()}
+        return {"top-1": accuracy, "loss": nn.functional.cross_entropy(logits, clouds).item()}, []
 
     groups = [
         {"params": list(model[:2].parameters()), "lr_scale": 0.5},
