@@ -89,8 +89,8 @@ def read_maps(root: Path, split: str) -> MapSplit:
     Label maps are PNG files of 8 bits, with the name of the picture.
 
     Raises:
-        DataError: If there are none, a map is missing, of another size, not one, or holds a number that is no class;
-            the message names the path.
+        DataError: If there are none, a map is missing, of another size, not one, or holds a number that is no class,
+            or no pixel of any is labelled; the message names the path.
     """
     palette, folder = read_palette(root / "classes.txt"), root / split
     pictures = find_images(folder)
@@ -99,14 +99,17 @@ def read_maps(root: Path, split: str) -> MapSplit:
     if missing:
         raise DataError(f"{missing[0][0]}: no such file; it is the label map of {missing[0][1]}")
 
-    def check(pair: tuple[Path, Path]) -> None:
+    def check(pair: tuple[Path, Path]) -> bool:
         picture, labels = read_image(pair[0]), read_map(pair[1], palette)
         if picture.size != labels.shape[::-1]:
             sizes = " × ".join(map(str, labels.shape[::-1])), " × ".join(map(str, picture.size))
             raise DataError(f"{pair[1]}: {sizes[0]} pixels, but its picture {pair[0]} has {sizes[1]}")
+        return bool((labels != IGNORED).any())
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(check, zip(pictures, maps, strict=True)))
+        labelled = list(threads.map(check, zip(pictures, maps, strict=True)))
+    if not any(labelled):
+        raise DataError(f"{root / f'{split}annot'}: no pixel of these label maps is labelled")
     return MapSplit(root, pictures, maps, palette)
 
 

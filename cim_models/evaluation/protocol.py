@@ -115,7 +115,7 @@ class Report:
         rows = [("", self.result["metric"]), *((name, percent(score)) for name, score in self.result["scores"].items())]
         if self.result.get("chance") is not None:
             rows.append(("chance", percent(self.result["chance"])))
-        rows += [(name, f"{value:.3f}") for name, value in self.numbers.items()]
+        rows += [(name, f"{value:.4g}") for name, value in self.numbers.items()]
         names, values = (max(map(len, column)) for column in zip(*rows, strict=True))
         return "\n".join(f"{name:<{names}}  {value:>{values}}" for name, value in rows)
 

@@ -171,11 +171,11 @@ def _sections(reports: Mapping[Path, Report]) -> list[Section]:
 
 
 def _identity(run: Report) -> list[Any]:
-    """What repetitions have in common beside protocol and data."""
+    """What repetitions have in common beside protocol and data: what was asked, such as numbers of shots, too."""
     model = {key: value for key, value in run.model.items() if key != "seed"}
     if model.get("random_init"):
         model.pop("weights_sha256", None)
-    return [model, {key: value for key, value in run.settings.items() if key != "seed"}]
+    return [model, {key: value for key, value in run.settings.items() if key != "seed"}, sorted(run.result["scores"])]
 
 
 def _seed(run: Report) -> Any:

@@ -114,6 +114,21 @@ def test_the_document_does_not_depend_on_names_of_files(tmp_path):
     assert report((tmp_path / "a",)).markdown == report((tmp_path / "b",)).markdown
 
 
+def test_other_numbers_of_neighbours_are_another_row(tmp_path):
+    for seed in range(2):
+        result(seed, {"k=10": 0.5, "k=20": 0.4 + seed / 10}, command="all").save(tmp_path / f"a{seed}.json")
+        result(seed, {"k=5": 0.3}, headline=None, command="few").save(tmp_path / f"b{seed}.json")
+    first, second = table(report((tmp_path,)).markdown)
+    assert (first["command"], first["k=20"], first["k=5"], first["seeds"]) == ("`all`", "45.00 ± 7.07", "", "0, 1")
+    assert (second["command"], second["k=20"], second["k=5"]) == ("`few`", "", "30.00 ± 0.00")
+
+
+def test_small_numbers_are_not_printed_as_none():
+    found = result()
+    found.result["penalty"] = 1e-6
+    assert str(found).splitlines()[-1].split() == ["penalty", "1e-06"]
+
+
 def test_the_same_measurement_twice(tmp_path):
     result(scores={"last": 0.5}).save(tmp_path / "a.json")
     result(scores={"last": 0.5}).save(tmp_path / "b.json")

@@ -345,6 +345,12 @@ def test_what_is_wrong_with_label_maps_is_said(scenes, run, tmp_path):
     with pytest.raises(DataError, match="trainannot.4.png: no such file; it is the label map of .*train.4.jpg"):
         start()
     write(annotation, good)
+    shutil.copytree(tmp_path / "data" / "valannot", tmp_path / "kept")
+    for path in (tmp_path / "data" / "valannot").iterdir():
+        write(path, np.full_like(np.asarray(Image.open(path)), NUMBERS["unlabelled"]))
+    with pytest.raises(DataError, match="valannot: no pixel of these label maps is labelled"):
+        start()
+    shutil.copytree(tmp_path / "kept", tmp_path / "data" / "valannot", dirs_exist_ok=True)
     (tmp_path / "data" / "val" / "102.jpg").write_text("no picture")
     with pytest.raises(DataError, match="102.jpg: not an image"):
         start()
