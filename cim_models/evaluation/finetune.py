@@ -26,7 +26,7 @@ from cim_models.evaluation.encoders import describe, find_weights, open_encoder,
 from cim_models.evaluation.features import middle
 from cim_models.evaluation.protocol import Report, command_of, variant
 from cim_models.evaluation.recipe import TrainConfig, make_plan
-from cim_models.evaluation.splits import Split, check_same_classes, hold_out, read_split
+from cim_models.evaluation.splits import Split, check_same_classes, hold_out, read_split, warn_if_shared
 from cim_models.evaluation.training import Task, Trained, check_new, fit, layer_groups, settings_of
 from cim_models.hub.card import NOT_STATED
 from cim_models.hub.entry import Data, Entry, Metric, Preprocessing
@@ -124,6 +124,8 @@ def finetune(
     classes = splits["train"].classes
 
     accelerator = Accelerator(cpu=without_gpus(), mixed_precision="no")
+    if accelerator.is_main_process:
+        warn_if_shared(**splits)
     plan = make_plan(config, len(used), accelerator.num_processes, even=bool(config.mixup or config.cutmix))
     found = find_weights(model, weights)
     encoder: Any = open_encoder(

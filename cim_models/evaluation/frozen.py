@@ -13,7 +13,7 @@ from cim_models.evaluation.cache import split_features
 from cim_models.evaluation.encoders import describe, open_encoder
 from cim_models.evaluation.features import DEFAULT_WORKERS, Pooling, Precision
 from cim_models.evaluation.protocol import Report
-from cim_models.evaluation.splits import check_same_classes, read_split
+from cim_models.evaluation.splits import check_same_classes, read_split, warn_if_shared
 from cim_models.files import check_writable
 from cim_models.processes import Processes, launched
 
@@ -115,6 +115,8 @@ def frozen_features(
         check_writable(out)
     splits = {"train": read_split(train, limit_per_class), "val": read_split(val, limit_per_class)}
     check_same_classes(*splits.values())
+    if processes.first:
+        warn_if_shared(**splits)
     encoder = open_encoder(
         model, weights=weights, random_init=random_init, seed=config.seed, image_size=image_size,
         device=config.device or processes.device,

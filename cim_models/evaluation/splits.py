@@ -1,6 +1,8 @@
 """Labelled images, as folders of classes or as a file of labels, and parts of them."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from cim_models.errors import DataError, some
 from cim_models.images import EXTENSIONS, find_images, read_list
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,6 +90,14 @@ def check_same_classes(train: Split, val: Split) -> None:
         extra = sorted(set(split.classes) - set(other.classes))
         if extra:
             raise DataError(f"{split.source} has classes that {other.source} has not: {some(extra)}")
+
+
+def warn_if_shared(train: Split, val: Split) -> None:
+    """Warns of images that are in both splits: accuracy on them says nothing of others."""
+    seen = set(map(os.path.abspath, train.paths))
+    shared = [path for path in val.paths if os.path.abspath(path) in seen]
+    if shared:
+        logger.warning("%s: %d images are in %s, too, such as %s", val.source, len(shared), train.source, shared[0])
 
 
 def draw_per_class(labels: Tensor, count: int | float, seed: int, keep: int = 0) -> Tensor:

@@ -62,6 +62,15 @@ def test_classes_that_differ(splits, measure):
         measure()
 
 
+def test_images_in_both_splits_are_said(splits, measure, caplog):
+    measure()
+    assert "images are in" not in caplog.text
+    names = [path.relative_to(splits) for path in find_images(splits / "train")]
+    (splits / "val.csv").write_text("".join(f"train/../{name},{name.parts[1]}\n" for name in names[2:]))
+    measure(val=splits / "val.csv")
+    assert f"{splits / 'val.csv'}: 14 images are in {splits / 'train'}, too, such as" in caplog.text
+
+
 def test_features_that_are_not_finite(splits, measure, run, tmp_path):
     shutil.copytree(run, tmp_path / "bad")
     file = tmp_path / "bad" / "online.safetensors"
