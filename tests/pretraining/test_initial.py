@@ -130,7 +130,7 @@ def test_a_path_is_remembered_in_full(spelling, tmp_path, monkeypatch):
     assert load_recipe(tmp_path / "out" / "config.yaml").init == str(expected)
 
 
-@pytest.mark.parametrize("name", ["", "cim_vit_tiny.tin200_e2", "hf-hub:org/name@v1", "org/name", "no name"])
+@pytest.mark.parametrize("name", ["", RELEASED.id, "hf-hub:org/name@v1", "org/name", "no name"])
 def test_a_name_is_remembered_as_it_is(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert located(name) == name
