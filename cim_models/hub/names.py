@@ -61,7 +61,7 @@ def parse_name(name: str | Path, known: Iterable[str] = ()) -> Name:
     if slashed and not registry:
         raise ConfigError(f"{text!r} is not a path that exists: did you mean hf-hub:{text} or local-dir:{text}?")
     if not registry:
-        hint = f": did you mean ./{text}, which exists?" if Path(text).exists() else close_to(text, known)
+        hint = f": did you mean ./{text}, which exists?" if text and Path(text).exists() else close_to(text, known)
         raise ConfigError(f"{text!r} is not a name like arch, arch.tag or arch.tag@revision{hint}")
     return Name("registry", "", registry[1], registry[2] or "", registry[3] or "")
 
