@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from cim_models.errors import CheckpointError
 from cim_models.hub.manifest import load_manifest
-from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import origin, read_stages, seen_by, texts
 from cim_models.hub.release import release
 from cim_models.hub.store import Weights
