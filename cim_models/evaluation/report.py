@@ -44,7 +44,7 @@ class Row:
     def cost(self, key: str) -> str:
         """What the pretraining of its weights took, of `COST`."""
         value = self.runs[0].model.get(key)
-        return f"{value:,}" if value else ""
+        return "" if value is None else f"{value:,}"
 
     @property
     def cells(self) -> dict[str, str]:

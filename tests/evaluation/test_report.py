@@ -94,6 +94,12 @@ def test_what_pretraining_took_is_a_column(tmp_path):
     assert (random["images seen"], random["minutes"]) == ("", "")
 
 
+def test_pretraining_below_a_twentieth_of_a_minute_took_something_all_the_same(tmp_path):
+    result(model={"images_seen": 240, "minutes": 0.0}).save(tmp_path / "a.json")
+    (short,) = table(report((tmp_path,)).markdown)
+    assert (short["images seen"], short["minutes"]) == ("240", "0.0")
+
+
 def test_what_may_not_be_compared_has_its_own_table(tmp_path):
     result(protocol="knn-1").save(tmp_path / "deep" / "a.json")
     result(protocol="knn-2").save(tmp_path / "b.json")
