@@ -151,7 +151,7 @@ def upsample(grid: Tensor, size: int) -> Tensor:
     hundreds of pixels to one number, which a GPU does one after the other.
     """
     down, across = (
-        F.interpolate(torch.eye(n, device=grid.device)[None], size, mode="linear", align_corners=True)[0]
+        F.interpolate(torch.eye(n, device=grid.device).float()[None], size, mode="linear", align_corners=True)[0]
         for n in grid.shape[-2:]
     )
     with nullcontext() if grid.is_meta else torch.autocast(grid.device.type, enabled=False):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cim_models.backbones.modes import evaluation_mode
 from cim_models.backbones.tokens import Encoder, Tokens, encode, resample_pos_embed
 from cim_models.backbones.vit import VisionTransformer
 from cim_models.errors import ConfigError
@@ -103,7 +104,7 @@ class CIM(nn.Module):
             self.global_head = GlobalHead(dim, config.global_hidden)
             self.global_target = copy.deepcopy(self.global_head.projector).requires_grad_(False)
         self.gather: Callable[[Tensor], tuple[Tensor, int]] = no_gather
-        self._pos_embeds: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._pos_embeds: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def context_encoder(self) -> Encoder:
@@ -139,7 +140,7 @@ class CIM(nn.Module):
 
     @torch.no_grad()
     def locate(self, context: Tensor, exemplars: Tensor) -> Tensor:
-        """Where each exemplar lies in its context.
+        """Where each exemplar lies in its context, in evaluation mode.
 
         Args:
             context: (B, 3, S, S), normalised.
@@ -155,8 +156,9 @@ class CIM(nn.Module):
         if not is_square or exemplars.ndim != 5 or len(exemplars) != len(context):
             shapes = f"context {tuple(context.shape)}, exemplars {tuple(exemplars.shape)}"
             raise ConfigError(f"locate takes a context (B, 3, S, S) and exemplars (B, K, 3, T, T), not {shapes}")
-        sequence, _ = self.encode_exemplars(exemplars)
-        return self.head(self.encode_context(context), sequence, context.shape[-1]).sigmoid()
+        with evaluation_mode(self):
+            sequence, _ = self.encode_exemplars(exemplars)
+            return self.head(self.encode_context(context), sequence, context.shape[-1]).sigmoid()
 
     @torch.no_grad()
     def encode_context(self, context: Tensor) -> Tokens:
@@ -202,7 +204,7 @@ class CIM(nn.Module):
             return None
         patch = self.online.patch_embed
         grid = (images.shape[-2] // patch.patch_size[0], images.shape[-1] // patch.patch_size[1])
-        key = (*grid, images.device)
+        key = (*grid, images.device, self.online.pos_embed.dtype)
         if key not in self._pos_embeds:
             embed = self.online.pos_embed.detach().clone()
             self._pos_embeds[key] = resample_pos_embed(embed, patch.grid_size, grid)

@@ -10,7 +10,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from cim_models import backbones
-from cim_models.backbones.modes import evaluation_mode
 from cim_models.errors import ConfigError
 from cim_models.pretext.model import CIM
 from cim_models.pretraining.compiling import compile_parts
@@ -76,8 +75,7 @@ def remember_positions(cim: CIM, config: PretrainConfig) -> None:
     """Lets the model compute its position embeddings for the sizes of a run, which it keeps, before it trains."""
     zeros = partial(torch.zeros, device=next(cim.parameters()).device)
     size, side = config.views.exemplars.size, config.views.context_size
-    with evaluation_mode(cim):
-        cim.locate(zeros(1, 3, side, side), zeros(1, 1, 3, size, size))
+    cim.locate(zeros(1, 3, side, side), zeros(1, 1, 3, size, size))
 
 
 def state_bytes(trained: Sequence[Tensor]) -> int:

@@ -117,6 +117,35 @@ def test_locate_is_the_sigmoid_of_the_logits(family, batch):
     assert not probabilities.requires_grad and probabilities.shape == (B, K, S, S)
 
 
+def test_locate_does_not_train(batch):
+    cim, (context, exemplars, _) = make("resnet"), batch
+    evaluated = copy.deepcopy(cim).eval()
+    with torch.no_grad():
+        expected = evaluated(*batch).logits.sigmoid()
+    before = copy.deepcopy(cim.state_dict())
+    assert torch.allclose(cim.locate(context, exemplars), expected, atol=1e-6)
+    assert cim.training and all(part.training for part in cim.modules())
+    assert all(torch.equal(value, before[name]) for name, value in cim.state_dict().items())
+
+
+def test_another_dtype_after_use(batch):
+    cim, (context, exemplars, _) = make(), batch
+    expected = cim.locate(context, exemplars)
+    for dtype, atol in ((torch.bfloat16, 0.1), (torch.float64, 1e-5)):
+        found = copy.deepcopy(cim).to(dtype).locate(context.to(dtype), exemplars.to(dtype))
+        assert torch.allclose(found.float(), expected, atol=atol)
+
+
+def test_another_default_dtype_changes_no_logits(batch):
+    cim = make().eval()
+    expected = cim(*batch).logits
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(cim(*batch).logits, expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_locate_names_the_shapes_that_it_takes(batch):
     cim, (context, exemplars, _) = make(), batch
     for wrong in (
