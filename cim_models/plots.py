@@ -114,6 +114,7 @@ def _sheet(
 def _text(draw: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int, colour: tuple[int, int, int]) -> None:
     """Writes one line, its middle left out where it is wider than `width` pixels."""
     font = ImageFont.load_default(size=13)
+    text = " ".join(text.split())  # a file name may hold the end of a line
     shown, kept = text, len(text)
     while kept > 1 and draw.textlength(shown, font) > width:
         kept -= 1

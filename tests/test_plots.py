@@ -79,3 +79,9 @@ def test_neighbours_are_shown_whole():
     wide = Image.new("L", (400, 100), 0)
     sheet = neighbour_sheet([[wide, wide]])
     assert cells(sheet, (0, 0, 0)) == 0 and round((np.asarray(sheet) == 0).all(-1).sum() / SIDE**2, 1) == 0.5
+
+
+def test_a_caption_of_several_lines_is_one():
+    picture = Image.new("RGB", (30, 30), (0, 200, 0))
+    sheets = [neighbour_sheet([[picture, picture]], [[name, name]]) for name in ("two\nlines\r\n", "two lines")]
+    assert sheets[0] == sheets[1]

@@ -94,7 +94,9 @@ def square(picture: Image.Image, size: int) -> Tensor:
 
 def overlay(picture: Image.Image, probabilities: Tensor) -> Image.Image:
     """The colours of probabilities (S, S) in [0, 1] over a grey picture, at the picture's proportions."""
-    grey = ImageOps.contain(picture, (LARGEST, LARGEST)) if max(picture.size) > LARGEST else picture
+    shrink = max(1, max(picture.size) / LARGEST)
+    width, height = (max(1, round(side / shrink)) for side in picture.size)
+    grey = picture.resize((width, height), Image.Resampling.BICUBIC) if shrink > 1 else picture
     heat = Image.fromarray((255 * probabilities).round().to(torch.uint8).numpy())
     heat = heat.resize(grey.size, Image.Resampling.BILINEAR)
     low, middle, high = (tuple(map(int, HEAT[i])) for i in (0, len(HEAT) // 2, -1))

@@ -51,6 +51,11 @@ def test_colours_follow_the_probabilities():
     assert sum(bright) > 2 * sum(dark)
 
 
+@pytest.mark.parametrize(("size", "shown"), [((1, 5000), (1, 1024)), ((5000, 1), (1024, 1)), ((2048, 3), (1024, 2))])
+def test_a_line_of_pixels_has_a_heat_map(size, shown):
+    assert overlay(Image.new("RGB", size, "grey"), torch.rand(8, 8)).size == shown
+
+
 def test_what_cannot_be_is_said(tmp_path, pair, run):
     context, exemplar = pair
     with pytest.raises(DataError, match="nowhere.png"):
