@@ -15,12 +15,14 @@ def check_writable(path: str | Path, kind: type[CimModelsError] = ConfigError) -
     """Says at once that a file cannot be written, before hours are spent on what shall be in it; makes nothing.
 
     Raises:
-        CimModelsError: Of that kind, if it is a folder, or lies in one that cannot be written to.
+        CimModelsError: Of that kind, if it is a folder or a device, or lies in a folder that cannot be written to.
     """
     path = Path(path)
-    folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
+    folder = next((parent for parent in Path(os.path.realpath(path)).parents if parent.exists()), path)
     if path.is_dir():
         reason = "Is a directory"
+    elif path.exists() and not path.is_file():
+        reason = "it is a device or a pipe, which a file would replace"
     elif not folder.is_dir():
         reason = f"{folder} is no folder"
     elif not os.access(folder, os.W_OK | os.X_OK):
@@ -38,16 +40,16 @@ def replacing(path: str | Path, kind: type[CimModelsError] = ConfigError) -> Ite
     first, as safetensors does: what a kill leaves in it is gone with the next writing.
 
     Args:
-        path: The file; its folder is made.
+        path: The file, or a link to it, which stays one; its folder is made.
         kind: Of the error below.
 
     Raises:
         CimModelsError: Of that kind, if it cannot be written.
     """
-    path = Path(path)
     check_writable(path, kind)
-    folder = path.with_name(f".{path.name}.tmp")
-    temporary = folder / path.name
+    target = Path(os.path.realpath(path))
+    folder = target.with_name(f".{target.name}.tmp")
+    temporary = folder / target.name
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def replacing(path: str | Path, kind: type[CimModelsError] = ConfigError) -> Ite
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except (OSError, SafetensorError) as error:
         filename = getattr(error, "filename", None)
         if filename is not None and Path(filename) not in (temporary, *temporary.parents):

@@ -62,6 +62,26 @@ def test_a_folder_is_no_file(tmp_path, name):
     assert names(tmp_path) == ["deep"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that are files")
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe: cannot be written: it is a device or a pipe"):
+        check_writable(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="device"), replacing(tmp_path / "pipe", CheckpointError):
+        raise AssertionError("nothing to write to")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "file").symlink_to("large/file")
+    for content in (b"first", b"second"):
+        with replacing(tmp_path / "file") as new:
+            new.write_bytes(content)
+        assert (tmp_path / "file").is_symlink() and (tmp_path / "large" / "file").read_bytes() == content
+    assert names(tmp_path) == ["file", "large"] and names(tmp_path / "large") == ["file"]
+
+
 @pytest.mark.skipif(os.name == "nt" or not os.getuid(), reason="needs a user who may not write everywhere")
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     tmp_path.chmod(0o500)
