@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import logging
 import os
 import signal
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Of the command line, without the program's name; by default `sys.argv`.
 
     Returns:
-        The exit code: 0 done, 1 a `CimModelsError` or what may not be read, 2 wrong usage, 130 interrupted, 141 nobody
+        The exit code: 0 done, 1 a `CimModelsError` or one of the system, 2 wrong usage, 130 interrupted, 141 nobody
         reads the output.
 
     Raises:
@@ -68,24 +69,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="cim: %(message)s", level=logging.WARNING, handlers=[handler])
     level = logging.INFO if _first() else logging.ERROR
     logging.getLogger("cim_models").setLevel(logging.DEBUG if debug else level)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: any file name can be printed
     try:
         with _orderly_end():
             code = _run(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
-    except (CimModelsError, PermissionError) as error:  # the system's own says which file
-        if debug:
-            raise
-        print(f"cim: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         if debug:
             raise
         print("cim: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return 141
+    except (CimModelsError, OSError) as error:  # the system's own says which file
+        if debug:
+            raise
+        print(f"cim: {error}", file=sys.stderr)
+        _give_up_output()
+        return 1
+
+
+def _give_up_output() -> None:
+    """Forgets what cannot be written, which the interpreter would try again at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _first() -> bool:

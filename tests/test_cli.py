@@ -109,9 +109,10 @@ def test_an_interruption_is_no_traceback(monkeypatch, capsys):
     assert usage(["list"], capsys) == (130, "", "cim: interrupted\n")
 
 
-def test_what_may_not_be_read_is_an_error_of_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.EIO])
+def test_what_the_system_refuses_is_an_error_of_one_line(number, monkeypatch, capsys):
     def refuse():
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "theirs/run")
+        raise OSError(number, os.strerror(number), "theirs/run")
 
     monkeypatch.setattr("cim_models.hub.manifest.table", refuse)
     code, out, err = usage(["list"], capsys)
@@ -141,6 +142,28 @@ def test_a_reader_that_goes_away_is_no_error():
     with subprocess.Popen([*CIM, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("argument", ["list", "--help"])
+def test_a_full_disk_is_an_error_of_one_line(argument):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run([*CIM, argument], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("cim: ") and os.strerror(errno.ENOSPC) in process.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell that closes files")
+def test_without_any_output(tmp_path):
+    process = subprocess.run(["sh", "-c", 'exec "$0" "$@" >&-', *CIM, "list"], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_characters(encoding):
+    process = subprocess.run([*CIM, "--help"], capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert process.returncode == 0 and not process.stderr
+    assert process.stdout.startswith("usage: cim COMMAND …\n".encode(encoding, "backslashreplace"))
 
 
 def test_info_of_what_is_not_released(capsys):

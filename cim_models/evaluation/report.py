@@ -118,7 +118,7 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
     markdown = _markdown(sections, shown)
     if out is not None:
         with replacing(out) as file:
-            file.write_text(markdown, encoding="utf-8")
+            file.write_bytes(markdown.encode("utf-8", "surrogateescape"))
     return Results(markdown, out, [path for paths in figures.values() for path in paths])
 
 

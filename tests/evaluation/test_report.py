@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_other_numbers_and_images_without_classes(tmp_path):
     (row,) = table(markdown)
     assert row["loss"] == "0.3 ± 0.0707" and "steps" not in row
     assert "- images: `pictures`, 1,234 images, sha256 `cdcdcdcd`\n- measured: top-1\n" in markdown
+
+
+def test_a_path_of_any_bytes_is_written_as_it_is(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    result(command=f"cim evaluate finetune m {name}").save(tmp_path / "a.json")
+    report((tmp_path,), tmp_path / "report.md")
+    assert b"`cim evaluate finetune m caf\xe9`" in (tmp_path / "report.md").read_bytes()
 
 
 def test_random_weights_are_repetitions_other_weights_are_not(tmp_path):
