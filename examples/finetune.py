@@ -24,7 +24,7 @@ images.transform = cim_models.create_transform(model, is_training=True, auto_aug
 loader = DataLoader(images, batch_size=32, shuffle=True, drop_last=True)
 mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
 optimiser = torch.optim.AdamW(param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8), lr=4e-4)
-schedule = CosineLRScheduler(optimiser, t_initial=epochs, warmup_t=epochs // 5)
+schedule = CosineLRScheduler(optimiser, t_initial=epochs + 1, warmup_t=epochs // 5)  # 0 before and after
 
 for epoch in range(epochs):
     schedule.step(epoch + 1)

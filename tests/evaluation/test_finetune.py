@@ -276,11 +276,23 @@ def test_the_augmentation_of_the_recipe_fails_on_no_image():
     assert transform(pattern("rows", 0)).shape == (3, 32, 32)
 
 
-def test_the_example_runs(patterns):
-    command = [sys.executable, ROOT / "examples" / "finetune.py", patterns / "train", patterns / "val", "1"]
+def test_the_example_runs_and_trains_in_its_only_epoch(patterns):
+    run = "g = runpy.run_path(sys.argv[0]); print(max(group['lr'] for group in g['optimiser'].param_groups))"
+    command = [sys.executable, "-c", f"import runpy, sys; del sys.argv[0]; {run}", ROOT / "examples" / "finetune.py"]
+    command += [patterns / "train", patterns / "val", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "\ntop-1 " in done.stdout, done.stderr
+    assert float(done.stdout.split()[-1]) > 0
+
+
+def test_layers_have_rates_of_their_own_in_readme():
+    blocks = [text.partition("```")[0] for text in (ROOT / "README.md").read_text().split("```python\n")]
+    (block,) = (block for block in blocks if "AdamW" in block)
+    exec(block, made := {})
+    rates = {id(p): group["lr"] for group in made["optimiser"].param_groups for p in group["params"]}
+    first, last = (rates[id(made["encoder"].blocks[i].mlp.fc1.weight)] for i in (0, 11))
+    assert first / last == pytest.approx(0.8**11)
 
 
 def test_sums_agree_with_torchmetrics():
