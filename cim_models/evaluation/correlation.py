@@ -63,6 +63,8 @@ def correlation(
     command = command_of("evaluate correlation", correlation, locals())
     if batch_size < 2:
         raise ConfigError(f"batch_size={batch_size}: must be 2 or more, since images exchange their exemplars")
+    if (limit is not None and limit < 1) or (source_size is not None and source_size < 1):
+        raise ConfigError(f"limit={limit}, source_size={source_size}: must be 1 or more")
     check_writable(out)
     paths = find_images(images)
     paths = [paths[i * len(paths) // limit] for i in range(limit)] if limit and limit < len(paths) else paths

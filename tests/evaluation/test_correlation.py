@@ -78,5 +78,8 @@ def test_what_cannot_be_is_said(tmp_path, run, photographs):
         correlation(str(run), photographs(4, 70), tmp_path / "c.json", limit=1)
     with pytest.raises(ConfigError, match="batch_size=1"):
         correlation(str(run), photographs(4, 70), tmp_path / "c.json", batch_size=1)
+    for wrong in ({"limit": 0}, {"limit": -1}, {"source_size": 0}, {"source_size": -5}):
+        with pytest.raises(ConfigError, match=f"{[*wrong][0]}={[*wrong.values()][0]}.*must be 1 or more"):
+            correlation(str(run), photographs(4, 70), tmp_path / "c.json", **wrong)
     with pytest.raises(WeightsError, match="no correlation head"):
         correlation(str(run / "online.safetensors"), photographs(4, 70), tmp_path / "c.json")
