@@ -51,8 +51,7 @@ def make_views(source: Tensor, uniforms: Tensor, config: ViewConfig) -> Views:
     if source.device.type == "cpu" and len(source) > CHUNK:
         chunks = zip(source.split(CHUNK), uniforms.split(CHUNK), strict=True)
         return Views(*map(torch.cat, zip(*(make_views(*chunk, config) for chunk in chunks), strict=True)))
-    if not source.is_floating_point():
-        source = source.float().div_(255)
+    source = source.float() if source.is_floating_point() else source.float().div_(255)
     height, width = source.shape[2:]
     rectangles = exemplars.draw_rectangles(uniforms[..., : exemplars.DRAWS], height, width, config.exemplars)
     crops = exemplars.crop(source, rectangles, config.exemplars.size)

@@ -25,6 +25,15 @@ def test_shapes_and_types():
     assert made.maps.shape == (5, 3, 96, 96) and made.maps.dtype == torch.bool
 
 
+@pytest.mark.parametrize("colour", [ColourConfig(), ColourConfig.off()])
+def test_a_half_source_is_cut_at_the_places_of_a_whole_one(colour):
+    sources, uniforms = batch()
+    config, half = ViewConfig(96, CONFIG.exemplars, colour), (sources / 255).bfloat16()
+    made = (make_views(source, uniforms, config) for source in (half, half.float()))
+    for found, expected in zip(*made, strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_normalisation_is_torchvisions():
     x = torch.rand(2, 4, 3, 8, 8)
     assert torch.allclose(normalise(x), TF.normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), atol=1e-6)
