@@ -3,8 +3,10 @@
 Each agrees with torchvision's functional form; which exemplars take it, and how strongly, comes from uniform numbers.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,8 @@ from cim_models.pretext.constants import constant
 
 DRAWS = 9
 """Uniform numbers that one exemplar uses."""
-BLUR_REACH = 6
-"""Pixels that the blur reads to each side: three deviations of the strongest."""
+BLUR_REACH = 3
+"""Pixels that the blur reads to each side, in deviations of the strongest."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ def recolour(exemplars: Tensor, uniforms: Tensor, config: ColourConfig) -> Tenso
         x = _some(x, grey < config.grey, lambda x: greyscale(x).expand_as(x))
     if config.blur > 0:
         deviation = config.sigma[0] + (config.sigma[1] - config.sigma[0]) * sigma
-        x = _some(x, blur < config.blur, gaussian_blur, deviation)
+        x = _some(x, blur < config.blur, partial(gaussian_blur, strongest=config.sigma[1]), deviation)
     if config.solarise > 0:
         x = _some(x, solar < config.solarise, solarise)
     return x.view_as(exemplars)
@@ -131,18 +133,25 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1)
 
 
-def gaussian_blur(x: Tensor, sigmas: Tensor) -> Tensor:
-    """Blurs (N, 3, H, W) by (N,) deviations in pixels, edges reflected; two small matrix products per picture."""
+def gaussian_blur(x: Tensor, sigmas: Tensor, strongest: float = 2.0) -> Tensor:
+    """Blurs (N, 3, H, W) by (N,) deviations in pixels, edges reflected; two small matrix products per picture.
+
+    Args:
+        x: Pictures.
+        sigmas: Deviations.
+        strongest: The greatest that there may be, which a GPU need not be asked for.
+    """
     height, width = x.shape[2:]
-    columns = _blur_matrices(width, sigmas.to(x.dtype))
-    rows = columns if height == width else _blur_matrices(height, sigmas.to(x.dtype))
+    reach = math.ceil(BLUR_REACH * strongest)
+    columns = _blur_matrices(width, sigmas.to(x.dtype), reach)
+    rows = columns if height == width else _blur_matrices(height, sigmas.to(x.dtype), reach)
     across = (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
     return (rows[:, None] @ across).clamp_(0, 1)
 
 
-def _blur_matrices(size: int, sigmas: Tensor) -> Tensor:
+def _blur_matrices(size: int, sigmas: Tensor, reach: int) -> Tensor:
     """(N, size, size): row i holds the weights with which pixel i reads its line."""
-    reach = min(BLUR_REACH, size - 1)
+    reach = min(reach, size - 1)
     offsets = torch.arange(-reach, reach + 1, device=sigmas.device)
     kernels = torch.softmax(-0.5 * (offsets / sigmas[:, None]) ** 2, dim=-1)
     source = torch.arange(size, device=sigmas.device)[:, None] + offsets

@@ -55,6 +55,13 @@ def test_a_blur_wider_than_the_picture_still_reads_inside():
     assert torch.allclose(colour.gaussian_blur(flat, torch.tensor([0.1, 2.0])), flat, atol=1e-6)
 
 
+def test_a_stronger_blur_reaches_further():
+    config = ColourConfig(jitter=0, grey=0, blur=1, sigma=(5, 5), solarise=0)
+    x = pictures(8)
+    actual = recolour(x[None], uniforms(1, 8), config)[0]
+    assert torch.allclose(actual, TF.gaussian_blur(x, 31, 5), atol=1e-4)
+
+
 def test_all_of_them_in_the_order_of_the_recipe():
     config = ColourConfig(jitter=1, grey=0, blur=1, solarise=1)
     x = pictures().view(4, 6, 3, 64, 64)
