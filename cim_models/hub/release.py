@@ -70,9 +70,7 @@ def release(
         CheckpointError: If the run directory lacks a file, or one is damaged.
     """
     run, root = Path(run), root if root is None else Path(root)
-    manifest = Manifest(root, {}) if root and not (root / NAME).exists() else load_manifest(root)
-    if id in manifest.entries and not replace:
-        raise ConfigError(f"{id} is released already: choose another tag, or give replace")
+    manifest = _manifest(root, id, replace)
     stages = read_stages(run, encoder)
     header, config = stages[-1].header, stages[-1].config
     architecture, model_args = header.metadata["architecture"], json.loads(header.metadata["model_args"])
@@ -110,10 +108,19 @@ def release(
     }
     folder = manifest.root / "weights" / id
     with staging(folder) as (temporary, install):
-        manifest = manifest.with_entry(write_folder(temporary, entry, tensors, texts(stages, began, data, hardware)))
+        entry = write_folder(temporary, entry, tensors, texts(stages, began, data, hardware))
+        manifest = _manifest(root, id, replace).with_entry(entry)  # others may have been released meanwhile
         install(lambda: write_manifest(manifest))
     update_readme(manifest)
     return folder
+
+
+def _manifest(root: Path | None, id: str, replace: bool) -> Manifest:
+    """The manifest as it is now, in which there is room for this id."""
+    manifest = Manifest(root, {}) if root and not (root / NAME).exists() else load_manifest(root)
+    if id in manifest.entries and not replace:
+        raise ConfigError(f"{id} is released already: choose another tag, or give replace")
+    return manifest
 
 
 def _read_tensors(run: Path, name: str) -> dict[str, Tensor]:

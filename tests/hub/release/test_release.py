@@ -159,6 +159,20 @@ def test_a_folder_that_cannot_be_made(making, run, root):
     assert making.contents(root) == before
 
 
+def test_what_is_released_meanwhile_stays_released(run, root, monkeypatch):
+    """Making a folder takes minutes where the encoder is large."""
+    make = module.write_folder
+
+    def meanwhile(*args):
+        monkeypatch.setattr(module, "write_folder", make)
+        module.release(run, id="cim_vit_tiny.other", root=root)
+        return make(*args)
+
+    monkeypatch.setattr(module, "write_folder", meanwhile)
+    module.release(run, id="cim_vit_tiny.t1", root=root)
+    assert list(load_manifest(root).entries) == ["cim_vit_tiny.other", "cim_vit_tiny.t1"]
+
+
 IN_A_PROCESS = """
 import os, resource, signal, sys
 from pathlib import Path
