@@ -25,6 +25,8 @@ from cim_models.hub.manifest import Manifest, load_manifest, read_json, write_ma
 from cim_models.hub.remote import Source, digest_is
 from cim_models.hub.waiting import IDLE, STEP, Patience, explain, persist
 
+OF_A_RELEASE = r".*\.safetensors(\.index\.json)?|recipe(-\d+)?\.yaml|log(-\d+)?\.jsonl"
+"""Names of files that a later release in the same repository does not keep: its own are others, or it has none."""
 ANSWER = 60.0
 """Seconds that an upload waits for an answer to what it has sent: a commit takes the Hub a while."""
 
@@ -140,8 +142,8 @@ def _upload(entry: Entry, repo: str, private: bool, files: Mapping[str, Path]) -
     names = [file.rfilename for file in head.siblings or ()]
     if "config.json" in names:
         _refuse_foreign(repo, str(head.sha), entry)
-    weights = (".safetensors", ".safetensors.index.json")
-    operations: list[Any] = [CommitOperationDelete(n) for n in names if n.endswith(weights) and n not in files]
+    old = [name for name in names if name not in files and re.fullmatch(OF_A_RELEASE, name)]
+    operations: list[Any] = [CommitOperationDelete(name) for name in old]
     with contextlib.ExitStack() as stack:
         for name in changed:  # as streams, which the client uploads by plain HTTP instead of Xet
             operations.append(CommitOperationAdd(name, stack.enter_context(files[name].open("rb"))))

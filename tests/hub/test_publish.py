@@ -128,11 +128,13 @@ def test_the_command(hub, root, capsys):
 
 def test_another_release_of_the_architecture_follows(hub, root, release):
     """Its tag leads to it, the first one's still to the first; files that it lacks are gone from its commit."""
+    for name in ("recipe-1.yaml", "recipe.yaml", "log-1.jsonl", "log.jsonl"):
+        (root / "weights" / ID / name).write_text(f"{{}}  # {name}\n")
     publish(ID, repo="org/name", root=root)
     first = recorded(root)
     release("cim_vit_tiny.two", released="2026-02-01")
     publish("cim_vit_tiny.two", repo="org/name", root=root)
-    assert recorded(root) == first and "pretext.safetensors" not in published(hub)
+    assert recorded(root) == first and published(hub).keys() - sent(root, "cim_vit_tiny.two") == {"README.md"}
     repository = hub.repositories["org/name"]
     assert repository.tags == {"one": first[1][-40:], "two": repository.branches["main"]}
     assert publish(ID, repo="org/name", root=root) and recorded(root) == first
