@@ -40,4 +40,17 @@ class Access:
         """The folder where the Hub's client keeps files."""
         from huggingface_hub import constants
 
-        return Path(self.cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+        home = os.environ.get("HF_HOME")
+        said = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home and f"{home}/hub"
+        return _folder(self.cache_dir or said or constants.HF_HUB_CACHE)
+
+
+def own_cache() -> Path:
+    """What this package keeps for its user: XDG_CACHE_HOME/cim_models."""
+    return _folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cim_models"
+
+
+def _folder(place: str | Path) -> Path:
+    """A folder; one that nobody can make, where it is to be in the home of a user who has none."""
+    path = os.path.expanduser(place)
+    return Path(os.devnull, path) if path.startswith("~") else Path(path)

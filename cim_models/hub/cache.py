@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cim_models.errors import WeightsError
 from cim_models.files import replacing
-from cim_models.hub.access import Access
+from cim_models.hub.access import Access, own_cache
 from cim_models.hub.entry import WeightFile
 from cim_models.hub.integrity import check_file
 from cim_models.hub.waiting import Patience, Unreachable
@@ -34,8 +34,7 @@ class Cache:
     """Folders of verified files: all are read, the first that can be written is written to."""
 
     def __init__(self, access: Access):
-        own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        folders = [access.hub_cache / "cim_models", own / "cim_models"]
+        folders = [access.hub_cache / "cim_models", own_cache()]
         last = Path(tempfile.gettempdir(), f"cim_models-{getattr(os, 'getuid', lambda: 'user')()}")
         if not _of_somebody_else(last):
             folders.append(last)
@@ -45,7 +44,7 @@ class Cache:
         """A verified copy; damaged ones are named in a warning and passed over."""
         for folder in self.folders:
             path = _place(folder, file)
-            if path.is_file():
+            if os.path.isfile(path):  # not where it may not be seen, which Path's would raise
                 try:
                     check_file(path, file)
                 except WeightsError as error:

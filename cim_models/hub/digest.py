@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cim_models.errors import CimModelsError
 from cim_models.files import replacing
+from cim_models.hub.access import own_cache
 
 SETTLED = 2.0
 """Seconds since its last change before a file is remembered: a second change within the granularity of a file system's
@@ -48,8 +49,7 @@ def sha256(path: Path, again: bool = False) -> str:
 
 
 def _place(path: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "cim_models" / "digests" / f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()}.json"
+    return own_cache() / "digests" / f"{hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()}.json"
 
 
 def _recall(place: Path, path: Path) -> str | None:

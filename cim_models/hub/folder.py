@@ -3,13 +3,15 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from filelock import FileLock
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from cim_models.backbones import VisionTransformer, build
 from cim_models.backbones.vit import VITS
 from cim_models.errors import ConfigError
+from cim_models.hub.access import own_cache
 from cim_models.hub.card import render_card
 from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
@@ -90,7 +93,7 @@ def write_folder(
 
 @contextmanager
 def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
-    """A hidden folder beside the one that shall be, which vanishes if the block fails.
+    """A hidden folder beside the one that shall be, which vanishes if the block fails; one at a time for each.
 
     Yields:
         The hidden folder, and a function that renames it to `folder` and calls its argument, if there is one; if that
@@ -99,6 +102,7 @@ def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
     Raises:
         ConfigError: If something cannot be written.
     """
+    folder = folder.resolve()  # what a link leads to, not the link
     temporary, old = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "old"))
 
     def install(record: Callable[[], Any] = lambda: None) -> None:
@@ -115,14 +119,25 @@ def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
             raise
         shutil.rmtree(old, ignore_errors=True)
 
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary, install
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _alone(folder):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary, install
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for the user's other processes that make this folder; the lock lies in the user's cache, if one can."""
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):
+            name = hashlib.sha256(os.fsencode(folder)).hexdigest()
+            held.enter_context(FileLock(own_cache() / "locks" / f"{name}.lock"))
+        yield
 
 
 def preprocessing(size: int, crop_pct: float) -> Preprocessing:

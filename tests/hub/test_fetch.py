@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,25 @@ def test_many_releases_in_one_mirror(hub, published, release, tmp_path, monkeypa
     hub.stop()
     for id in (entry.id, "cim_vit_tiny.two"):
         assert create_model(id, pretrained=True, manifest=load_manifest(manifest.root), cache_dir=tmp_path / "none")
+
+
+def test_several_processes_and_one_folder(release, tmp_path):
+    """Each makes it again, and none of them what another one has begun."""
+    manifest, entry = release(pretext="head")
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(lambda _: fetch(entry.id, to=tmp_path / "made", root=manifest.root), range(12)))
+    assert made == {tmp_path / "made"} and from_path(tmp_path / "made").entry == entry
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "root"}
+
+
+def test_a_link_to_a_folder_elsewhere(release, tmp_path):
+    manifest, entry = release()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "stick").symlink_to(tmp_path / "disk")
+    for _ in ("new", "again"):
+        fetch(entry.id, to=tmp_path / "stick", root=manifest.root)
+        assert (tmp_path / "stick").is_symlink() and from_path(tmp_path / "disk").entry == entry
+    assert {path.name for path in tmp_path.iterdir()} == {"disk", "root", "stick"}
 
 
 def test_the_command(hub, published, tmp_path, capsys):

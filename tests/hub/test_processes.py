@@ -178,6 +178,29 @@ def test_a_cache_that_cannot_be_written_to(hub, published, start, tmp_path):
     assert all(Path(path).is_relative_to(cache) for path in json.loads(output))
 
 
+def test_a_cache_that_cannot_be_read(hub, published, start, tmp_path):
+    """Another user's, for instance: as one that cannot be written to."""
+    _, entry, _ = published
+    cache, own = tmp_path / "cache", tmp_path / "own"
+    cache.mkdir(mode=0)
+    output, error = start(FETCH, prefix=as_others()).communicate(timeout=60)
+    cache.chmod(0o755)
+    assert right(entry, output), error
+    assert all(Path(path).is_relative_to(own) for path in json.loads(output))
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix's users")
+def test_a_user_without_a_home(hub, published, start, tmp_path, monkeypatch):
+    """Such as one of a container, of whom the system knows a number only."""
+    _, entry, _ = published
+    unset = "for name in ('HOME', 'XDG_CACHE_HOME', 'HF_HOME', 'HF_HUB_CACHE'): os.environ.pop(name, '')\n"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output, error = start(f"import os, pwd\npwd.getpwuid = {{}}.__getitem__\n{unset}{FETCH}").communicate(timeout=60)
+    assert right(entry, output), error
+    assert all(Path(path).is_relative_to(tmp_path / f"cim_models-{os.getuid()}") for path in json.loads(output))
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix's permissions")
 def test_a_full_disk(hub, published, small_files, tmp_path):
     manifest, entry, contents = published
     with small_files(), pytest.raises(WeightsError) as caught:
@@ -207,17 +230,18 @@ def test_the_example(hub, published, start, photographs, tmp_path):
     assert len(output.splitlines()) == 4 and all(line.count(".jpg") == 2 for line in output.splitlines())
 
 
-def test_the_environment_may_change_after_timm_was_imported(hub, published, start, tmp_path):
+@pytest.mark.parametrize(("variable", "below"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub")])
+def test_the_environment_may_change_after_timm_was_imported(hub, published, start, tmp_path, variable, below):
     """The Hub's client reads it once."""
     change = "import os, sys, huggingface_hub.constants as c\n"
     change += f"os.environ['HF_ENDPOINT'] = {hub.endpoint!r}\n"
-    change += f"os.environ['HF_HUB_CACHE'] = {str(tmp_path / 'cache')!r}\n"
-    change += "assert c.ENDPOINT != os.environ['HF_ENDPOINT'] and c.HF_HUB_CACHE != os.environ['HF_HUB_CACHE']\n"
+    change += f"del os.environ['HF_HUB_CACHE']\nos.environ[{variable!r}] = {str(tmp_path / 'cache')!r}\n"
+    change += f"assert c.ENDPOINT != os.environ['HF_ENDPOINT'] and c.HF_HUB_CACHE == '/nowhere'\n"
     output, error = start(
         change + FETCH, environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nowhere"}
     ).communicate(timeout=60)
     assert right(published[1], output), error
-    assert all(path.startswith(str(tmp_path / "cache")) for path in json.loads(output))
+    assert all(path.startswith(str(tmp_path / "cache" / below / "cim_models")) for path in json.loads(output))
 
 
 def test_offline_from_the_start(hub, published, start):
