@@ -140,7 +140,7 @@ class Entry:
 
 def read_entry(data: Any, where: str) -> Entry:
     """An entry's JSON → `Entry`; ConfigError naming `where` and the field."""
-    entry = cast(Entry, _read(Entry, data, where))
+    entry = cast(Entry, read(Entry, data, where))
     hexadecimal = re.compile("[0-9a-f]{64}")
     faults = {
         "id": not re.fullmatch(rf"{re.escape(entry.architecture)}\.[\w.-]*\w", entry.id),
@@ -187,25 +187,25 @@ def _is_date(text: str) -> bool:
         return False
 
 
-def _read(kind: Any, value: Any, where: str, field: str = "") -> Any:
+def read(kind: Any, value: Any, where: str, field: str = "") -> Any:
     """Plain data → the type that a field is declared with, strictly."""
     origin, options = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         (kind,) = (option for option in options if option is not type(None))
-        return None if value is None else _read(kind, value, where, field)
+        return None if value is None else read(kind, value, where, field)
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         hints = typing.get_type_hints(kind)
         prefix = f"{field}." if field else ""
         for fault, names in (("unknown", value.keys() - hints), ("missing", hints.keys() - value)):
             if names:
                 raise ConfigError(f"{where}: {fault} field {', '.join(prefix + name for name in sorted(names))}")
-        values = {name: _read(hint, value[name], where, prefix + name) for name, hint in hints.items()}
+        values = {name: read(hint, value[name], where, prefix + name) for name, hint in hints.items()}
         return cast(type, kind)(**values)
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = (options[0],) * len(value) if options[-1] is Ellipsis else options
         if len(kinds) == len(value):
             pairs = enumerate(zip(kinds, value, strict=True))
-            return tuple(_read(option, item, where, f"{field}[{i}]") for i, (option, item) in pairs)
+            return tuple(read(option, item, where, f"{field}[{i}]") for i, (option, item) in pairs)
     if origin is Literal and value in options or origin is dict and isinstance(value, dict):
         return value
     if kind is float and type(value) in (int, float):

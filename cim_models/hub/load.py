@@ -270,7 +270,10 @@ def _load_encoder(found: Weights, num_classes: int | None, dtype: torch.dtype, k
     if described is None:  # the file does not say, so it is what the caller says
         described = {key: value for key, value in kwargs.items() if key not in NOT_OF_A_MODEL}
     source_args = {**described, "pretrained_cfg": cfg, "num_classes": held}
-    source = model = build(found.architecture, **source_args, device="meta")
+    try:
+        source = model = build(found.architecture, **source_args, device="meta")
+    except TypeError as error:
+        raise WeightsError(f"{found.name}: {found.architecture} takes no such arguments: {error}") from error
     fit.compare(found, header, fit.specs_of(source.state_dict()))
     if kwargs or wanted != held:
         args = {"pretrained_model_args": dict(described), **source_args, **kwargs, "num_classes": wanted}

@@ -153,12 +153,20 @@ def _of_mirror(place: Path | str, access: Access) -> Mapping[str, Entry]:
     from cim_models.hub.remote import Source, small_text
     from cim_models.hub.waiting import Missing, Patience, Unreachable
 
+    def parsed(content: bytes) -> Mapping[str, Entry]:
+        try:
+            return _read_entries(json.loads(content), where)
+        except ValueError as error:
+            raise ConfigError(f"{where}: cannot be read as JSON: {error}") from error
+
     cache, kept, where = Cache(access), f"mirror/{quote(place, safe='')}/{NAME}", f"{place}/{NAME}"
     content = cache.read(kept)
     if not access.offline:
         try:
-            content = small_text(Source(place, access), NAME, Patience())
-            cache.write(kept, content)
+            new = small_text(Source(place, access), NAME, Patience())
+            entries = parsed(new)
+            cache.write(kept, new)
+            return entries
         except Unreachable as error:
             if content is None:
                 raise
@@ -167,10 +175,7 @@ def _of_mirror(place: Path | str, access: Access) -> Mapping[str, Entry]:
             return {}
     if content is None:
         raise cache.lacks(where)
-    try:
-        return _read_entries(json.loads(content), where)
-    except ValueError as error:
-        raise ConfigError(f"{where}: cannot be read as JSON: {error}") from error
+    return parsed(content)
 
 
 def write_manifest(manifest: Manifest) -> Path:

@@ -262,9 +262,7 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged, or not a released CIM checkpoint: {error}") from error
 
 
-def _describe_encoder(
-    path: Path, tensors: Mapping[str, Tensor], num_heads: int | None
-) -> tuple[str, dict[str, Any]]:
+def _describe_encoder(path: Path, tensors: Mapping[str, Tensor], num_heads: int | None) -> tuple[str, dict[str, Any]]:
     """The nearest architecture, and how the encoder differs from it; read off the shapes."""
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
     if num_heads is None:

@@ -202,7 +202,11 @@ def small_file(source: Source, file: str, cache: Cache, patience: Patience) -> b
     if source.access.offline:
         raise cache.lacks(f"{file} of {source.name}")
 
-    content = small_text(source, file, patience, _etag(source.preflight(file, patience)))
+    headers = source.preflight(file, patience)
+    if "x-repo-commit" not in headers:
+        todo = f"check the network and HF_ENDPOINT, {source.access.hub}"
+        raise WeightsError(f"{file} of {source.name}: what answers is not the Hub: {todo}")
+    content = small_text(source, file, patience, _etag(headers))
     found = WeightFile(file, "index", len(content), hashlib.sha256(content).hexdigest())
     with cache.adding(found, patience) as (partial, _):
         partial.write_bytes(content)
@@ -234,11 +238,15 @@ def described(source: Source, file: str, cache: Cache, patience: Patience) -> We
 def hub_file(source: Source, file: str) -> Path | None:
     """A file that the Hub's own client has downloaded, at this commit; not yet verified."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if source.repository is None:
         return None
     repository, commit = source.repository
-    found = try_to_load_from_cache(repository, file, cache_dir=source.access.hub_cache, revision=commit)
+    try:
+        found = try_to_load_from_cache(repository, file, cache_dir=source.access.hub_cache, revision=commit)
+    except HFValidationError:
+        return None
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
 

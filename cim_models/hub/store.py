@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
-from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read_entry
+from cim_models.hub.entry import Entry, Part, Preprocessing, Pretext, WeightFile, read, read_entry
 from cim_models.hub.integrity import check_file, side_by_side
 from cim_models.hub.manifest import MIRROR, Manifest, known_manifest, load_manifest, mirror
 from cim_models.hub.names import Name, parse_name
@@ -278,7 +278,8 @@ def _labels(entry: Entry, root: Path, source: str, access: Access) -> tuple[str,
         except WeightsError as error:
             logger.warning("%s: the names of its classes are not known: %s", entry.id, error)
             return ()
-    return tuple(map(str, _parsed(content, f"config.json of {entry.id}").get("label_names", ())))
+    where = f"config.json of {entry.id}"
+    return tuple(map(str, _said(_parsed(content, where), "label_names", list, where)))
 
 
 def _from_hub(given: Name, access: Access) -> Weights:
@@ -350,28 +351,41 @@ def _from_config(
         obtain: Gives the verified files; one of size 0 is known by its name only.
         ours: Whether nobody else writes to the files.
     """
-    labels = tuple(map(str, config.get("label_names", ())))
+    where = os.path.join(name, "config.json")
+    model_args, cfg = _said(config, "model_args", dict, where), _said(config, "pretrained_cfg", dict, where)
+    labels = tuple(map(str, _said(config, "label_names", list, where)))
     if "cim_models" in config:
         try:
-            entry = read_entry(config["cim_models"], f"{os.path.join(name, 'config.json')}: cim_models")
+            entry = read_entry(config["cim_models"], f"{where}: cim_models")
         except ConfigError as error:
             raise WeightsError(str(error)) from error
         files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
         return replace(Weights.of(entry, files, name=name, ours=ours), labels=labels)
     if "architecture" not in config:
         raise WeightsError(f"{name}: config.json names no architecture, as this package and timm do")
-    model_args = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
-    cfg, names = config.get("pretrained_cfg", {}), [field.name for field in fields(Preprocessing)]
-    cfg = {name: tuple(cfg[name]) if isinstance(cfg[name], list) else cfg[name] for name in names if name in cfg}
+    cfg = {field.name: cfg[field.name] for field in fields(Preprocessing) if field.name in cfg}
+    try:
+        whole = len(cfg) == len(fields(Preprocessing))
+        preprocessing = read(Preprocessing, cfg, where, "pretrained_cfg") if whole else None
+    except ConfigError as error:
+        raise WeightsError(str(error)) from error
     return Weights(
         name=name,
         architecture=str(config["architecture"]),
         files={"backbone": tuple(obtain([WeightFile("model.safetensors", "backbone", 0, "")]))},
-        model_args=model_args,
-        preprocessing=Preprocessing(**cfg) if len(cfg) == len(names) else None,
+        model_args={key: value for key, value in model_args.items() if key != "num_classes"},
+        preprocessing=preprocessing,
         labels=labels,
         ours=ours,
     )
+
+
+def _said(config: dict[str, Any], key: str, kind: type[Any], where: str) -> Any:
+    """What a config.json says, empty where it says nothing; WeightsError if it is of another kind."""
+    value = config.get(key) or kind()
+    if not isinstance(value, kind):
+        raise WeightsError(f"{where}: {key}: {value!r} is not {kind.__name__}")
+    return value
 
 
 def _from_file(path: Path, architecture: str) -> Weights:

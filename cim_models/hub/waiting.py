@@ -92,7 +92,12 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience, effe
         Missing: If there is no such thing.
         WeightsError: If the answer is no; `explain` says what to do.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
     from huggingface_hub.utils import httpx
 
     failures, trouble = 0, Exception()
@@ -110,7 +115,13 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience, effe
             if code != 429 and code < 500:
                 raise (Missing if code == 404 else WeightsError)(f"{what}: {explain(error)}") from error
             trouble, said = error, f"the server answers {code}"
-        except (HFValidationError, httpx.InvalidURL) as error:
+        except (
+            HFValidationError,
+            LocalTokenNotFoundError,
+            ImportError,  # of what a SOCKS proxy needs
+            httpx.InvalidURL,
+            httpx.TooManyRedirects,
+        ) as error:
             raise WeightsError(f"{what}: {error}") from error
         except (httpx.TransportError, httpx.DecodingError, Passing, ValueError) as error:
             trouble, said = error, str(error) or type(error).__name__

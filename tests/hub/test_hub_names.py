@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from loopback import FOREVER, TOKEN
-from safetensors.torch import load_file
+from huggingface_hub.utils import close_session
+from loopback import FOREVER, TOKEN, Reply
+from safetensors.torch import load_file, save_file
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.access import Access
@@ -129,6 +130,7 @@ def test_private_and_gated(published, hub, commit):
     [
         ("hf-hub:org/none", r"no such repository, or it is private \(401\)"),
         ("hf-hub:org/na--me", "hf-hub:org/na--me@main: "),
+        (f"hf-hub:org/na--me@{'0' * 40}", r"no such repository, or it is private \(401\)"),
         ("hf-hub:org/empty", r"config.json of hf-hub:org/empty@[0-9a-f]{40}: there is no such file \(404\)"),
         ("hf-hub:org/html", "config.json of hf-hub:org/html@[0-9a-f]{40}: cannot be read as JSON"),
         ("hf-hub:org/list", "config.json of hf-hub:org/list@[0-9a-f]{40}: not a JSON object"),
@@ -152,6 +154,50 @@ def test_repositories_that_hold_something_else(published, hub, name, message):
     hub.add("org/other", {"config.json": b'{"model_type": "vit"}', "model.safetensors": b"x"})
     with pytest.raises(WeightsError, match=message):
         create_model(name)
+
+
+CONFIGS = {
+    '{"architecture": "cim_resnet18", "model_args": null, "label_names": null, "pretrained_cfg": null}': "is missing",
+    '{"architecture": "cim_resnet18", "model_args": [1]}': "config.json: model_args: .1. is not dict",
+    '{"architecture": "cim_resnet18", "label_names": 3}': "config.json: label_names: 3 is not list",
+    '{"architecture": "cim_resnet18", "pretrained_cfg": {"mean": "x", "std": 1, "input_size": 3, "crop_pct": 1, '
+    '"interpolation": "bicubic", "crop_mode": "center"}}': "config.json: field pretrained_cfg.input_size: 3 is not",
+    '{"architecture": "cim_resnet18", "model_args": {"foo": 1}}': "cim_resnet18 takes no such arguments: .*'foo'",
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_that_says_what_cannot_be(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"{tmp_path}.*{CONFIGS[config]}"):
+        create_model(tmp_path)
+
+
+def test_an_answer_of_somebody_else_is_not_kept(published, hub, commit):
+    """Of a page to log in to a network, for instance, which says that all is well."""
+    hub.fault(".*config.json", times=2, status=200)
+    with pytest.raises(WeightsError, match="config.json of .*: what answers is not the Hub: check .* HF_ENDPOINT"):
+        resolve(f"{NAME}@{commit}")
+    hub.faults.clear()
+    assert resolve(f"{NAME}@{commit}").entry is not None
+
+
+def test_networks_and_machines_that_are_not_set_up(published, hub, commit, monkeypatch):
+    """No token to give, a proxy that nothing here can speak to, a redirection that leads to itself: no tracebacks."""
+    name = f"{NAME}@{commit}"
+    with pytest.raises(WeightsError, match="config.json of .*hf auth login"):
+        resolve(name, access=Access(token=True))
+    with monkeypatch.context() as context:
+        context.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        close_session()
+        with pytest.raises(WeightsError, match="config.json of .*(SOCKS|cannot be reached)"):
+            resolve(name)
+    close_session()
+    back = ("HEAD GET", ".*", lambda hub, request, query: Reply(302, Location=request.path))
+    monkeypatch.setattr("loopback.ROUTES", [back])
+    with pytest.raises(WeightsError, match="config.json of .*redirects"):
+        resolve(name)
 
 
 @pytest.mark.parametrize("fault", [dict(flip=True), dict(short=20), dict(cut=20), dict(status=503)])

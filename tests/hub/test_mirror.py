@@ -124,6 +124,16 @@ def test_away(hub, mirror, tmp_path, caplog, capsys):
         resolve(ID, access=Access(local_files_only=True))
 
 
+@pytest.mark.parametrize("mirror", ["address"], indirect=True)
+def test_an_answer_of_somebody_else_is_not_kept(hub, mirror):
+    """Of a page to log in to a network, for instance, which says that all is well."""
+    known = resolve(ID)
+    hub.fault("GET .*weights_manifest.json", status=200)
+    with pytest.raises(ConfigError, match="weights_manifest.json: cannot be read as JSON"):
+        resolve(ID)
+    assert resolve(ID, access=Access(local_files_only=True)) == known
+
+
 def test_without_a_manifest(hub, mirror, capsys):
     """Such as folders that `cim fetch` made: they mirror what the package knows."""
     (mirror / "weights_manifest.json").unlink()

@@ -236,7 +236,7 @@ def test_the_environment_may_change_after_timm_was_imported(hub, published, star
     change = "import os, sys, huggingface_hub.constants as c\n"
     change += f"os.environ['HF_ENDPOINT'] = {hub.endpoint!r}\n"
     change += f"del os.environ['HF_HUB_CACHE']\nos.environ[{variable!r}] = {str(tmp_path / 'cache')!r}\n"
-    change += f"assert c.ENDPOINT != os.environ['HF_ENDPOINT'] and c.HF_HUB_CACHE == '/nowhere'\n"
+    change += "assert c.ENDPOINT != os.environ['HF_ENDPOINT'] and c.HF_HUB_CACHE == '/nowhere'\n"
     output, error = start(
         change + FETCH, environment={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": "/nowhere"}
     ).communicate(timeout=60)

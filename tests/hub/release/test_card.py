@@ -132,5 +132,3 @@ def test_a_card_is_rendered_the_same_again(copy):
     entry = load_manifest(copy).entries["cim_vit_tiny.t1"]
     made = copy / "weights" / entry.id
     assert (made / "README.md").read_text() == card.render_card(entry, made)
-
-
