@@ -15,6 +15,7 @@ from cim_models.hub import folder as folders
 from cim_models.hub.fetch import fetch
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.manifest import Manifest, load_manifest
+from cim_models.hub.provenance import provenance_files
 from cim_models.hub.store import MIRROR, from_path
 
 
@@ -61,6 +62,18 @@ def test_many_releases_in_one_mirror(hub, published, release, tmp_path, monkeypa
     hub.stop()
     for id in (entry.id, "cim_vit_tiny.two"):
         assert create_model(id, pretrained=True, manifest=load_manifest(manifest.root), cache_dir=tmp_path / "none")
+
+
+def test_what_the_hub_has_of_its_training_comes_along(hub, published, tmp_path):
+    manifest, entry, _ = published
+    texts = {f"recipe{n}.yaml": f"# Hardware: {n or 'last'} laptop\n" for n in ("", "-1", "-2")}
+    texts |= {f"log{n}.jsonl": f'{{"images_seen": 7{n.removeprefix("-")}}}\n' for n in ("", "-1", "-2")}
+    commit = entry.sources[0].partition("@")[2]
+    hub.repositories["org/name"].commits[commit] |= {name: text.encode() for name, text in texts.items()}
+    for name in ("hf-hub:org/name", entry.id):
+        made = fetch(name, to=tmp_path / name, root=manifest.root)
+        assert {path.name: path.read_text() for path in provenance_files(made)} == texts
+        assert "- Hardware: last laptop" in (made / "README.md").read_text()
 
 
 def test_several_processes_and_one_folder(release, tmp_path):
