@@ -137,7 +137,8 @@ def _front_matter(entry: Entry) -> str:
     values["pipeline_tag"] = "image-classification" if entry.num_classes else "image-feature-extraction"
     values["tags"] = ["timm", "cim", "self-supervised-learning", entry.architecture]
     names = [data.name.lower() for data in entry.data if data.name != NOT_STATED]
-    values["datasets"] = [re.sub(r"[^a-z0-9]+", "-", name).strip("-") for name in names]
+    slugs = [re.sub(r"[^a-z0-9]+", "-", name).strip("-") for name in names]
+    values["datasets"] = [slug for slug in slugs if slug]
     return f"---\n{yaml.safe_dump({key: value for key, value in values.items() if value}, sort_keys=False)}---"
 
 

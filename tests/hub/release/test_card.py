@@ -52,6 +52,13 @@ def test_a_licence_that_the_hub_does_not_know(run, root):
     assert "datasets" not in front, "nobody said which"
 
 
+def test_data_whose_name_has_no_letter_that_the_hub_takes(run, root):
+    """It refuses a card whose list of data has an empty one."""
+    made = module.release(run, id="cim_vit_tiny.t1", root=root, data="写真", terms="mine")
+    assert "datasets" not in yaml.safe_load((made / "README.md").read_text().split("---")[1])
+    assert "- 写真: mine" in (made / "README.md").read_text(encoding="utf-8")
+
+
 def test_nothing_of_the_machine_is_published(run, root):
     made = module.release(run, id="cim_vit_tiny.t1", root=root)
     for path in made.glob("*.*"):
