@@ -6,6 +6,7 @@ written after that. What was interrupted can be run again.
 
 import dataclasses
 import json
+import logging
 import re
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,11 @@ from cim_models.hub.manifest import NAME, Manifest, load_manifest, write_manifes
 from cim_models.hub.metrics import read_metrics
 from cim_models.hub.provenance import called, origin, read_stages, texts
 from cim_models.pretext.model import PretextConfig
+
+NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
+"""Of the names of licences."""
+
+logger = logging.getLogger(__name__)
 
 
 def release(
@@ -81,6 +87,10 @@ def release(
     size = model_args.get("img_size", max(config["data"]["size"], config["views"]["context_size"]))
     began = origin(stages)
     base = began.entry if began else None
+    if began and base and licence != NOT_STATED:
+        if NON_COMMERCIAL.search(base.licence) and not NON_COMMERCIAL.search(licence):
+            said = "licence %s, but the run started from %s, which is %s, for non-commercial use: is it yours to give?"
+            logger.warning(said, licence, called(began), base.licence)
     after = f"{sum(stage.images for stage in stages):,} images{f' that followed {called(began)}' if began else ''}"
     entry = Entry(
         id=id,

@@ -242,6 +242,17 @@ def test_data_that_a_run_and_what_it_started_from_saw_are_named_once(run, root):
         assert load_manifest(root).entries[f"cim_vit_tiny.t{number}"].data == (*before.data, *expected)
 
 
+@pytest.mark.parametrize(("licence", "said"), [("Apache-2.0", True), ("CC-BY-NC-SA-4.0", False), ("not stated", False)])
+def test_a_licence_that_allows_more_than_that_of_what_the_run_started_from(run, root, caplog, licence, said):
+    before = load_manifest().default("cim_vit_tiny")
+    assert before.licence == "cc-by-nc-4.0"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "init": before.id}))
+    module.release(run, id="cim_vit_tiny.t1", root=root, licence=licence)
+    warning = f"licence {licence}, but the run started from {before.id}, which is cc-by-nc-4.0, for non-commercial use"
+    assert (warning in caplog.text) == said
+
+
 def test_files_that_no_run_wrote(run, root):
     save_file({"a": torch.zeros(1)}, run / "target.safetensors")
     with pytest.raises(CheckpointError, match="does not say its architecture, images_seen, model_args, pretext"):
