@@ -21,7 +21,7 @@ classes = len(images.reader.class_to_idx)
 model = cim_models.create_model("cim_vit_tiny", pretrained=True, num_classes=classes, fc_norm=True, drop_path_rate=0.1)
 model = model.to(device)
 images.transform = cim_models.create_transform(model, is_training=True, auto_augment="rand-m9-mstd0.5-mmax9-inc1")
-loader = DataLoader(images, batch_size=32, shuffle=True, drop_last=True)
+loader = DataLoader(images, batch_size=min(32, len(images) // 2 * 2), shuffle=True, drop_last=True)
 mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=classes)
 optimiser = torch.optim.AdamW(param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.8), lr=4e-4)
 schedule = CosineLRScheduler(optimiser, t_initial=epochs + 1, warmup_t=epochs // 5)  # 0 before and after
@@ -36,7 +36,8 @@ for epoch in range(epochs):
         optimiser.step()
     print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
-tests = DataLoader(ImageDataset(val, transform=cim_models.create_transform(model)), batch_size=32)
+tests = ImageDataset(val, class_map=images.reader.class_to_idx, transform=cim_models.create_transform(model))
+tests = DataLoader(tests, batch_size=32)
 with torch.inference_mode():
     right = sum((model.eval()(x.to(device)).argmax(1).cpu() == y).sum().item() for x, y in tests)
 print(f"top-1 {right / len(tests.dataset):.1%}")

@@ -295,6 +295,18 @@ def test_layers_have_rates_of_their_own_in_readme():
     assert first / last == pytest.approx(0.8**11)
 
 
+def test_the_example_counts_classes_as_in_training(patterns, tmp_path):
+    """Also where the pictures to measure it on are not of all of them."""
+    shutil.copytree(patterns / "val" / "rows", tmp_path / "val" / "rows")
+    code = (ROOT / "examples" / "finetune.py").read_text().replace("range(epochs)", "()").replace("in tests)", "in ())")
+    code += "\nprint({label for _, label in tests.dataset.reader.samples}, images.reader.class_to_idx)"
+    command = [sys.executable, "-c", code, patterns / "train", tmp_path / "val", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    labels, _, classes = done.stdout.splitlines()[-1].partition(" ")
+    assert eval(labels) == {eval(classes)["rows"]} != {0}, done.stderr
+
+
 def test_sums_agree_with_torchmetrics():
     torch.manual_seed(0)
     logits, labels = torch.randn(500, 20), torch.randint(20, (500,))
