@@ -278,8 +278,7 @@ def _labels(entry: Entry, root: Path, source: str, access: Access) -> tuple[str,
         except WeightsError as error:
             logger.warning("%s: the names of its classes are not known: %s", entry.id, error)
             return ()
-    where = f"config.json of {entry.id}"
-    return tuple(map(str, _said(_parsed(content, where), "label_names", list, where)))
+    return tuple(map(str, _parsed(content, f"config.json of {entry.id}").get("label_names") or ()))
 
 
 def _from_hub(given: Name, access: Access) -> Weights:
@@ -352,40 +351,36 @@ def _from_config(
         ours: Whether nobody else writes to the files.
     """
     where = os.path.join(name, "config.json")
-    model_args, cfg = _said(config, "model_args", dict, where), _said(config, "pretrained_cfg", dict, where)
-    labels = tuple(map(str, _said(config, "label_names", list, where)))
-    if "cim_models" in config:
-        try:
-            entry = read_entry(config["cim_models"], f"{where}: cim_models")
-        except ConfigError as error:
-            raise WeightsError(str(error)) from error
-        files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
-        return replace(Weights.of(entry, files, name=name, ours=ours), labels=labels)
-    if "architecture" not in config:
-        raise WeightsError(f"{name}: config.json names no architecture, as this package and timm do")
+    kinds = {"model_args": dict, "pretrained_cfg": dict, "label_names": list}
+    model_args, cfg, labels = (_said(config, key, kind, where) for key, kind in kinds.items())
     cfg = {field.name: cfg[field.name] for field in fields(Preprocessing) if field.name in cfg}
     try:
+        entry = read_entry(config["cim_models"], f"{where}: cim_models") if "cim_models" in config else None
         whole = len(cfg) == len(fields(Preprocessing))
         preprocessing = read(Preprocessing, cfg, where, "pretrained_cfg") if whole else None
     except ConfigError as error:
         raise WeightsError(str(error)) from error
+    if entry is not None:
+        files = by_part(entry, dict(zip(entry.files, obtain(entry.files), strict=True)))
+        return replace(Weights.of(entry, files, name=name, ours=ours), labels=tuple(map(str, labels)))
+    if "architecture" not in config:
+        raise WeightsError(f"{name}: config.json names no architecture, as this package and timm do")
     return Weights(
         name=name,
         architecture=str(config["architecture"]),
         files={"backbone": tuple(obtain([WeightFile("model.safetensors", "backbone", 0, "")]))},
         model_args={key: value for key, value in model_args.items() if key != "num_classes"},
         preprocessing=preprocessing,
-        labels=labels,
+        labels=tuple(map(str, labels)),
         ours=ours,
     )
 
 
 def _said(config: dict[str, Any], key: str, kind: type[Any], where: str) -> Any:
     """What a config.json says, empty where it says nothing; WeightsError if it is of another kind."""
-    value = config.get(key) or kind()
-    if not isinstance(value, kind):
-        raise WeightsError(f"{where}: {key}: {value!r} is not {kind.__name__}")
-    return value
+    if isinstance(value := config.get(key) or kind(), kind):
+        return value
+    raise WeightsError(f"{where}: {key}: {value!r} is not {kind.__name__}")
 
 
 def _from_file(path: Path, architecture: str) -> Weights:
