@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cim_models.errors import CheckpointError, ConfigError
+from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub.card import NOT_STATED, update_readme
 from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
 from cim_models.hub.manifest import NAME, Manifest, load_manifest, write_manifest
 from cim_models.hub.metrics import read_metrics
 from cim_models.hub.provenance import called, origin, read_stages, texts
+from cim_models.hub.store import read_header
 from cim_models.pretext.model import PretextConfig
 
 NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)
@@ -113,8 +114,8 @@ def release(
         **BLANK,
     )
     tensors: Tensors = {
-        "backbone": _read_tensors(run, encoder),
-        "pretext": {f"head.{key}": value for key, value in _read_tensors(run, "head").items()},
+        "backbone": _read_tensors(run, encoder, stages[-1].images),
+        "pretext": {f"head.{key}": value for key, value in _read_tensors(run, "head", stages[-1].images).items()},
     }
     folder = manifest.root / "weights" / id
     with staging(folder) as (temporary, install):
@@ -133,8 +134,14 @@ def _manifest(root: Path | None, id: str, replace: bool) -> Manifest:
     return manifest
 
 
-def _read_tensors(run: Path, name: str) -> dict[str, Tensor]:
+def _read_tensors(run: Path, name: str, images: int) -> dict[str, Tensor]:
+    """The tensors of one of a run's files, which had seen so many images."""
+    file = run / f"{name}.safetensors"
     try:
-        return load_file(run / f"{name}.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{run / name}.safetensors cannot be read: {error}") from error
+        seen, tensors = read_header(file).metadata.get("images_seen"), load_file(file)
+    except (WeightsError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if seen != str(images):
+        todo = "the run ended while it wrote its files: go on with it (--resume), which writes them again"
+        raise CheckpointError(f"{file} is of {seen} images, not of {images} as the encoder is: {todo}")
+    return tensors

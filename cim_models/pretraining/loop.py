@@ -98,6 +98,10 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     tally, meter, points = Tally(), Meter(device), SavePoints(config, plan.steps, rank, processes)
     bar = tqdm(total=plan.steps, initial=start, unit_scale=plan.global_batch, unit="img", disable=not main)
     with none_is_lost(processes), closing(log), closing(bar), closing(stream), closing(meter), points:
+        if start == plan.steps:  # what ended the run may have come between its last checkpoint and its encoders
+            ended = trainer.states() if main or trainer.sharded else None
+            if main and ended:
+                checkpoint.export(directory, ended.model, config, start, start * plan.global_batch)
         meter.start()
         for step in range(start, plan.steps):
             done, lr, momentum = step + 1, plan.lr(step), plan.momentum(step)

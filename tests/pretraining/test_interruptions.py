@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 from cim_models.errors import CheckpointError
 from cim_models.pretraining import checkpoint
@@ -206,6 +207,26 @@ def test_a_disk_that_is_full_at_the_end(configure, photographs, out, full_at):
     with pytest.raises(CheckpointError, match="last.pt: cannot be written: is the disk full?"):
         pretrain(config)
     assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_what_a_full_disk_keeps_back_at_the_end(configure, photographs, out, monkeypatch, small_files):
+    config = configure(photographs(8, 64), out, resume="auto")
+    export = checkpoint.export
+
+    def with_a_full_disk(*arguments):
+        with small_files():
+            export(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "export", with_a_full_disk)
+        with pytest.raises(CheckpointError, match="online.safetensors: cannot be written"):
+            pretrain(config)
+    last = torch.load(out / "last.pt", weights_only=True)
+    pretrain(config)
+    for part in checkpoint.PARTS:
+        with safe_open(out / f"{part}.safetensors", "pt") as file:
+            assert file.metadata()["step"] == str(last["step"])
+            assert all(torch.equal(file.get_tensor(key), last["model"][f"{part}.{key}"]) for key in file.keys())
 
 
 def test_auto_starts_or_goes_on(configure, photographs, out):

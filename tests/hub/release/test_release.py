@@ -233,6 +233,13 @@ def test_runs_that_are_not_whole(run, root, name):
     assert not (root / "weights").exists() or not list((root / "weights").iterdir())
 
 
+def test_a_run_that_ended_between_its_files(run, root):
+    head = run / "head.safetensors"
+    save_file(load_file(head), head, {**read_header(head).metadata, "images_seen": "38400"})
+    with pytest.raises(CheckpointError, match="head.safetensors is of 38400 images, not of 76800.*--resume"):
+        module.release(run, id="cim_vit_tiny.t1", root=root)
+
+
 def test_data_that_a_run_and_what_it_started_from_saw_are_named_once(run, root):
     before = load_manifest().default("cim_vit_tiny")
     config = yaml.safe_load((run / "config.yaml").read_text())
