@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ SEEN = ("images_seen", "epoch", "minutes")
 """How long an encoder was pretrained."""
 STARTED = "Started from"
 """What the recipe of a chain's first run says of weights that are of no run."""
+BEFORE = "Before"
+"""And of how long those were trained, as `seen_by` tells it, where it is known."""
 METADATA = {"architecture", "model_args", "pretext", "images_seen"}
 
 logger = logging.getLogger(__name__)
@@ -88,7 +91,7 @@ def origin(stages: Sequence[Stage]) -> Weights | None:
 
 def released(weights: Weights) -> Entry | None:
     """The release that weights are, or that the run which left them started from, however many runs ago."""
-    file = next(iter(weights.files.values()), (Path(),))[0]
+    file = _file(weights)
     if weights.entry or not (file.parent / CONFIG).is_file():
         return weights.entry
     try:
@@ -110,6 +113,8 @@ def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: s
     """
     found: dict[str, str] = {}
     before = {STARTED: called(began)} if began else {}
+    if began and (seen := seen_by(_file(began))):
+        before[BEFORE] = json.dumps(seen)
     for number, stage in enumerate(stages, 1):
         suffix = "" if stage is stages[-1] else f"-{number}"
         recipe, log = (name.replace(".", f"{suffix}.") for name in (RECIPE, LOG))
@@ -151,23 +156,38 @@ def seen_by(file: Path) -> dict[str, float]:
     folder = file.parent
     if file.suffix != ".safetensors" or not (folder / LOG).is_file():
         return {}
-    before = dict.fromkeys(SEEN, 0.0)
+    before: dict[str, float] = dict.fromkeys(SEEN, 0.0)
     if (folder / CONFIG).is_file():
         stages = read_stages(folder, file.stem)
         logs = [stage.log for stage in stages]
         if stages[0].config.get("init"):
             began = origin(stages)
-            before = seen_by(next(iter(began.files.values()))[0]) if began else {}
+            before = seen_by(_file(began)) if began else {}
     else:
         files = provenance_files(folder)
         logs = [_log(path) for path in files if path.suffix == Path(LOG).suffix]
-        if any(f"\n# {STARTED}:" in path.read_text(encoding="utf-8") for path in files):
-            before = {}
+        if start := next((path for path in files if f"\n# {STARTED}:" in path.read_text(encoding="utf-8")), None):
+            before = _told(start)
     seen = [{**end, "minutes": _minutes(log)} for log in logs if (end := _end(log))]
     if not seen or not before:
         return {}
     total = {key: before[key] + sum(part[key] for part in seen) for key in SEEN}
     return total | {"images_seen": int(total["images_seen"]), "minutes": round(total["minutes"], 1)}
+
+
+def _told(recipe: Path) -> dict[str, float]:
+    """What a recipe says of how long the weights that it started from were trained; nothing where it does not."""
+    found = re.search(rf"^# {BEFORE}: +(.*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
+    try:
+        told = json.loads(found[1]) if found else {}
+        return {key: told[key] for key in SEEN} if told else {}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{recipe} is damaged, {BEFORE}: {error}") from error
+
+
+def _file(weights: Weights) -> Path:
+    """The first of their files."""
+    return next(iter(weights.files.values()), (Path(),))[0]
 
 
 def _end(log: str) -> dict[str, Any]:

@@ -91,6 +91,20 @@ def test_runs_that_started_from_one_encoder_of_others(run, tmp_path):
     assert f"# Started from: {RELEASED}\n" in found["recipe-1.yaml"]
 
 
+def test_how_long_the_release_was_trained_that_a_released_run_started_from(run, root, tmp_path):
+    first = release(run, id="cim_vit_tiny.first", root=root)
+    for id in ("second", "third"):
+        last = follow(run, tmp_path / id, images=38400, steps=200, file=os.path.relpath(first, run))
+        first = release(last, id=f"cim_vit_tiny.{id}", root=root)
+        shutil.rmtree(last)
+    shutil.rmtree(root / "weights" / "cim_vit_tiny.second")
+    assert seen_by(first / "model.safetensors") == {"images_seen": 153600, "epoch": 4, "minutes": 640}
+    recipe = first / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("# Before:", "# Before: 3 and"))
+    with pytest.raises(CheckpointError, match=f"{recipe} is damaged, Before"):
+        seen_by(first / "model.safetensors")
+
+
 def test_weights_of_the_hub_are_called_as_everybody_finds_them(run):
     name = f"hf-hub:org/name@{'0' * 40}"
     began = Weights(name, "cim_vit_tiny", {}, entry=load_manifest().default("cim_vit_tiny"))
