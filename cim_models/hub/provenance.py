@@ -114,7 +114,7 @@ def texts(stages: Sequence[Stage], began: Weights | None, data: str, hardware: s
     found: dict[str, str] = {}
     before = {STARTED: called(began)} if began else {}
     if began and (seen := seen_by(_file(began))):
-        before[BEFORE] = json.dumps(seen)
+        before[BEFORE] = "{images_seen} images, {epoch} epochs, {minutes} minutes".format(**seen)
     for number, stage in enumerate(stages, 1):
         suffix = "" if stage is stages[-1] else f"-{number}"
         recipe, log = (name.replace(".", f"{suffix}.") for name in (RECIPE, LOG))
@@ -177,12 +177,13 @@ def seen_by(file: Path) -> dict[str, float]:
 
 def _told(recipe: Path) -> dict[str, float]:
     """What a recipe says of how long the weights that it started from were trained; nothing where it does not."""
-    found = re.search(rf"^# {BEFORE}: +(.*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE)
-    try:
-        told = json.loads(found[1]) if found else {}
-        return {key: told[key] for key in SEEN} if told else {}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{recipe} is damaged, {BEFORE}: {error}") from error
+    text = recipe.read_text(encoding="utf-8")
+    if f"\n# {BEFORE}:" not in text:
+        return {}
+    found = re.search(rf"\n# {BEFORE}: +([\d.]+) images, ([\d.]+) epochs, ([\d.]+) minutes\n", text)
+    if not found:
+        raise CheckpointError(f"{recipe} is damaged: {BEFORE} is no images, epochs and minutes")
+    return dict(zip(SEEN, map(float, found.groups()), strict=True))
 
 
 def _file(weights: Weights) -> Path:

@@ -100,8 +100,9 @@ def test_how_long_the_release_was_trained_that_a_released_run_started_from(run, 
     shutil.rmtree(root / "weights" / "cim_vit_tiny.second")
     assert seen_by(first / "model.safetensors") == {"images_seen": 153600, "epoch": 4, "minutes": 640}
     recipe = first / "recipe.yaml"
+    assert header(recipe.read_text())["Before"] == "115200 images, 3.0 epochs, 480.0 minutes"
     recipe.write_text(recipe.read_text().replace("# Before:", "# Before: 3 and"))
-    with pytest.raises(CheckpointError, match=f"{recipe} is damaged, Before"):
+    with pytest.raises(CheckpointError, match=f"{recipe} is damaged: Before"):
         seen_by(first / "model.safetensors")
 
 
