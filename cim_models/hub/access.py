@@ -1,6 +1,9 @@
 """How files may be fetched: offline or not, from where, as whom, and where they are kept. Needs no torch."""
 
+import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +51,18 @@ class Access:
 def own_cache() -> Path:
     """What this package keeps for its user: XDG_CACHE_HOME/cim_models."""
     return _folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cim_models"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits for the user's other processes that write this file or folder; the lock lies in the cache, if it can."""
+    from filelock import FileLock
+
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):
+            name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+            held.enter_context(FileLock(own_cache() / "locks" / f"{name}.lock"))
+        yield
 
 
 def _folder(place: str | Path) -> Path:

@@ -3,15 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from filelock import FileLock
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from cim_models.backbones import VisionTransformer, build
 from cim_models.backbones.vit import VITS
 from cim_models.errors import ConfigError
-from cim_models.hub.access import own_cache
+from cim_models.hub.access import alone
 from cim_models.hub.card import render_card
 from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
@@ -119,7 +117,7 @@ def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
             raise
         shutil.rmtree(old, ignore_errors=True)
 
-    with _alone(folder):
+    with alone(folder):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -128,16 +126,6 @@ def staging(folder: Path) -> Iterator[tuple[Path, Callable[..., None]]]:
             raise ConfigError(f"{folder} cannot be written: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits for the user's other processes that make this folder; the lock lies in the user's cache, if one can."""
-    with ExitStack() as held:
-        with suppress(OSError, NotImplementedError):
-            name = hashlib.sha256(os.fsencode(folder)).hexdigest()
-            held.enter_context(FileLock(own_cache() / "locks" / f"{name}.lock"))
-        yield
 
 
 def preprocessing(size: int, crop_pct: float) -> Preprocessing:

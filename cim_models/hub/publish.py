@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from cim_models.errors import CimModelsError, ConfigError, WeightsError
-from cim_models.hub.access import Access
+from cim_models.hub.access import Access, alone
 from cim_models.hub.card import update_readme
 from cim_models.hub.download import Downloads
 from cim_models.hub.entry import Entry, WeightFile, read_entry
 from cim_models.hub.integrity import check_file
-from cim_models.hub.manifest import Manifest, load_manifest, read_json, write_manifest
+from cim_models.hub.manifest import NAME, Manifest, load_manifest, read_json, write_manifest
 from cim_models.hub.remote import Source, digest_is
 from cim_models.hub.waiting import IDLE, STEP, Patience, explain, persist
 
@@ -83,7 +83,8 @@ def _publish(
         commit = _upload(entry, repo, private, files)
         _verify(repo, commit, files)
         _tag(repo, entry.tag, commit)
-    _record(manifest.root, entry, f"hf-hub:{repo}@{commit}")
+    with alone(manifest.root / NAME):
+        _record(manifest.root, entry, f"hf-hub:{repo}@{commit}")
     return "\n".join([f"{entry.id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
 
 

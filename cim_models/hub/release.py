@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cim_models.errors import CheckpointError, ConfigError, WeightsError
+from cim_models.hub.access import alone
 from cim_models.hub.card import NOT_STATED, update_readme
 from cim_models.hub.entry import Data, Entry, Pretext
 from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging, write_folder
@@ -120,9 +121,10 @@ def release(
     folder = manifest.root / "weights" / id
     with staging(folder) as (temporary, install):
         entry = write_folder(temporary, entry, tensors, texts(stages, began, data, hardware))
-        manifest = _manifest(root, id, replace).with_entry(entry)  # others may have been released meanwhile
-        install(lambda: write_manifest(manifest))
-    update_readme(manifest)
+        with alone(manifest.root / NAME):
+            manifest = _manifest(root, id, replace).with_entry(entry)  # others may have been released meanwhile
+            install(lambda: write_manifest(manifest))
+            update_readme(manifest)
     return folder
 
 

@@ -133,7 +133,7 @@ def adjust_hue(x: Tensor, turns: Tensor) -> Tensor:
     return torch.addcmul(value[:, None], chroma[:, None], ramp, value=-1)
 
 
-def gaussian_blur(x: Tensor, sigmas: Tensor, strongest: float = 2.0) -> Tensor:
+def gaussian_blur(x: Tensor, sigmas: Tensor, strongest: float) -> Tensor:
     """Blurs (N, 3, H, W) by (N,) deviations in pixels, edges reflected; two small matrix products per picture.
 
     Args:

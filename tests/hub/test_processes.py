@@ -178,6 +178,7 @@ def test_a_cache_that_cannot_be_written_to(hub, published, start, tmp_path):
     assert all(Path(path).is_relative_to(cache) for path in json.loads(output))
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix's permissions")
 def test_a_cache_that_cannot_be_read(hub, published, start, tmp_path):
     """Another user's, for instance: as one that cannot be written to."""
     _, entry, _ = published
@@ -200,7 +201,6 @@ def test_a_user_without_a_home(hub, published, start, tmp_path, monkeypatch):
     assert all(Path(path).is_relative_to(tmp_path / f"cim_models-{os.getuid()}") for path in json.loads(output))
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs Unix's permissions")
 def test_a_full_disk(hub, published, small_files, tmp_path):
     manifest, entry, contents = published
     with small_files(), pytest.raises(WeightsError) as caught:

@@ -1,8 +1,11 @@
 """A run becomes a release: the same numbers however it is loaded; all or nothing."""
 
+import contextlib
 import dataclasses
 import json
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -171,6 +174,23 @@ def test_what_is_released_meanwhile_stays_released(run, root, monkeypatch):
     monkeypatch.setattr(module, "write_folder", meanwhile)
     module.release(run, id="cim_vit_tiny.t1", root=root)
     assert list(load_manifest(root).entries) == ["cim_vit_tiny.other", "cim_vit_tiny.t1"]
+
+
+def test_releases_at_the_same_time_are_all_in_the_manifest(run, root, monkeypatch):
+    """Each would write what it read before the other one wrote, if they met in between; alone, neither is met."""
+    met, write = threading.Barrier(2), module.write_manifest
+
+    def late(manifest):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.wait(timeout=1)
+        return write(manifest)
+
+    monkeypatch.setattr(module, "write_manifest", late)
+    ids = ["cim_vit_tiny.t1", "cim_vit_tiny.t2"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda id: module.release(run, id=id, root=root), ids))
+    assert sorted(load_manifest(root).entries) == ids
+    assert all(id in (root / "README.md").read_text() for id in ids)
 
 
 IN_A_PROCESS = """
