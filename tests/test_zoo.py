@@ -23,7 +23,7 @@ from cim_models.evaluation.splits import read_split
 from cim_models.hub.load import create_model
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import seen_by
-from cim_models.pretraining.config import from_dict
+from cim_models.pretraining.config import from_dict, load_recipe
 from cim_models.pretraining.readers import open_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +129,31 @@ def test_a_budget_of_minutes_is_one_of_images_found_once(runs, pictures, tmp_pat
     assert runs.budget(read, "a", pictures, tmp_path / "out") == runs.budget(read, "b", pictures, tmp_path / "out") == 7
 
 
+def test_other_minutes_take_the_place_of_a_table_s_budget(runs, tmp_path):
+    for budget in ({"minutes": 20}, {"images": 5}):
+        path = table(tmp_path / "t.yaml", runs={"a": {}}, **budget)
+        read = runs.read_table(path, minutes=6.5)
+        assert (read.minutes, read.images) == (6.5, None)
+        with pytest.raises(ConfigError, match="minutes is 0"):
+            runs.read_table(path, minutes=0)
+
+
+def test_a_run_goes_on_from_what_its_table_names(runs, pictures, tmp_path):
+    """In place of random weights: with easy exemplars first, or at once; what it cost is said as far as it is known."""
+    embedded, seen = "cim_vit_tiny.tin200_e5", 499_968
+    settings = {**SMALL, "pretext": {"global_hidden": 16}, "init": embedded}
+    for start_images, stages in ((0, ["one"]), (4, ["one", "start/one"])):
+        out = tmp_path / str(start_images)
+        read = runs.read_table(table(tmp_path / "t.yaml", images=40, start_images=start_images, runs={"one": settings}))
+        runs.train(read, "one", pictures, out)
+        assert load_recipe(out / stages[-1] / "config.yaml").init == embedded
+        assert seen_by(out / "one" / "online.safetensors")["images_seen"] == seen + 40
+        for stage in stages:
+            (out / stage / "cost.jsonl").write_text('{"device": "H", "seconds": 36, "watts": 1000}\n')
+        said = script(ZOO / "release.py").hardware(out / "one")
+        assert said.startswith("H, ") and "kWh" not in said  # what made the embedded weights is not known
+
+
 def test_shards_hold_what_the_folder_holds(pictures, tmp_path):
     pack = script(ZOO / "pack.py").pack
     shards = pack(pictures, tmp_path, size=30_720)
@@ -144,6 +169,14 @@ def test_shards_hold_what_the_folder_holds(pictures, tmp_path):
         read_split(tmp_path / "there" / "train").fingerprint()["sha256"] == read_split(pictures).fingerprint()["sha256"]
     )
     assert len(pack(pictures, tmp_path, size=0)) == 24  # one alone may be larger
+
+
+def test_a_measurement_that_ended_before_its_first_checkpoint_begins_again(pictures, tmp_path):
+    evaluate = script(ROOT / "benchmarks" / "evaluate.py")
+    (tmp_path / "runs" / "result").mkdir(parents=True)
+    settings = {"epochs": 1, "held_out": 0, "image_size": 64, "workers": 0}
+    evaluate.measure(tmp_path / "result.json", "finetune", "cim_vit_tiny", [pictures] * 2, settings, tmp_path / "runs")
+    assert json.loads((tmp_path / "result.json").read_text())["protocol"] == "finetune-1"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
     python benchmarks/zoo/release.py runs/models/small --tag tin200_20min
 
 Metrics are those of the JSON files below `--results` that measured an encoder of the run, and random weights in its
-place. Hardware, minutes and energy come from the cost.jsonl of the run and of the one that it started from. Where the
+place. Hardware, minutes and energy come from the cost.jsonl of the run and of those that it started from. Where the
 training set was not all of Tiny ImageNet, say so with `--data`.
 """
 
@@ -16,10 +16,9 @@ from typing import Any
 
 from cim_models.errors import CimModelsError
 from cim_models.evaluation.protocol import Report
-from cim_models.hub.provenance import seen_by
+from cim_models.hub.provenance import read_stages, seen_by
 from cim_models.hub.release import release
 from cim_models.hub.store import read_header
-from cim_models.pretraining import load_recipe
 
 DATA = "Tiny ImageNet-200, all 100,000 training images of 64 × 64 pixels, labels unused"
 TERMS = "images of ImageNet: non-commercial research and educational use only"
@@ -40,15 +39,18 @@ def metrics(results: Path, run: Path) -> tuple[Path, ...]:
 
 
 def hardware(run: Path) -> str:
-    """On what, for how long, and with what energy a run was made, with the one that it started from."""
-    costs: list[dict[str, Any]] = []
-    for folder in (load_recipe(run / "config.yaml").init, str(run)):
-        file = Path(folder) / "cost.jsonl"
-        costs += map(json.loads, file.read_text().splitlines()) if folder and file.is_file() else []
-    minutes = seen_by(run / "online.safetensors")["minutes"]
-    devices = dict.fromkeys(cost["device"] for cost in costs)
-    said = f"{', '.join(devices) or 'not stated'}, {minutes:.1f} minutes of training"
-    if costs and all(cost["watts"] for cost in costs):
+    """On what, for how long, and with what energy a run was made, with those that it started from.
+
+    Of weights that the first of them started from, the minutes are known at most.
+    """
+    stages = read_stages(run, "online")
+    folders = [Path(stage.config["init"]) for stage in stages[1:]] + [run]
+    files = [file for folder in folders if (file := folder / "cost.jsonl").is_file()]
+    costs: list[dict[str, Any]] = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    said = ", ".join(dict.fromkeys(cost["device"] for cost in costs)) or "not stated"
+    if seen := seen_by(run / "online.safetensors"):
+        said += f", {seen['minutes']:.1f} minutes of training"
+    if len(files) == len(stages) and not stages[0].config.get("init") and all(cost["watts"] for cost in costs):
         said += f", about {sum(cost['watts'] * cost['seconds'] for cost in costs) / 3.6e6:.2g} kWh of the GPU"
     return said
 

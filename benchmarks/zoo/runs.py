@@ -4,8 +4,8 @@
 
 A table (models.yaml and others beside this) names runs and how each differs from recipes/whole.yaml.
 A run `small` first sees easy exemplars in runs/models/start/small (recipes/start.yaml), then all of them in
-runs/models/small. What is done is not done again, and what a signal ended goes on, so a long table is a matter of
-calling this again until it says that all is done.
+runs/models/small; `init: ID` in a table starts it from released weights. What is done is not done again, and what a
+signal ended goes on, so a long table is a matter of calling this again until it says that all is done.
 
 A budget in minutes becomes a number of images, by the pace that the first steps of a run have; `OUT/images.json` keeps
 it. `--rehearse` takes a few small steps of everything instead, on any machine.
@@ -16,6 +16,7 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -72,8 +73,12 @@ class Table:
     """Share of the images of each class that nothing is trained on: OUT/held-out/{train,val}.csv measure with them."""
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, minutes: float | None = None) -> Table:
     """Reads a table.
+
+    Args:
+        path: YAML.
+        minutes: Of training, for each run, in place of what the table says.
 
     Raises:
         ConfigError: If it cannot be read, or holds what a table does not.
@@ -81,6 +86,10 @@ def read_table(path: Path) -> Table:
     table = from_dict(Table, _read_yaml(path), str(path))
     if (table.minutes is None) == (table.images is None):
         raise ConfigError(f"{path}: give either minutes or images")
+    if minutes is not None:
+        table.minutes, table.images = minutes, None
+    if table.minutes is not None and not 0 < table.minutes < math.inf:
+        raise ConfigError(f"{path}: minutes is {table.minutes}; it must be greater than 0")
     if not table.runs:
         raise ConfigError(f"{path}: there are no runs in it")
     return table
@@ -136,7 +145,8 @@ def train(table: Table, name: str, data: Path, out: Path, rehearse: bool = False
     first = min(table.start_images, images // 10)
     for start, part in [(True, first), (False, images - first)][not first :]:
         config = configuration(table, name, data, out, part, start, rehearse)
-        config.init = str(out / "start" / name) if first and not start else ""
+        if first and not start:
+            config.init = str(out / "start" / name)
         if not finished(Path(config.out)):
             print(f"# {config.out}: {part:,} images", flush=True)
             with metered(Path(config.out)):
@@ -233,11 +243,12 @@ def main() -> int:
     parser.add_argument("data", type=Path, help="images to train on; class folders where the table holds some out")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the table's runs, these")
+    parser.add_argument("--minutes", type=float, help="of training, for each run, in place of the table's budget")
     parser.add_argument("--rehearse", action="store_true", help="a few small steps of everything, on any machine")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        table = read_table(options.table)
+        table = read_table(options.table, options.minutes)
         if unknown := set(options.only or ()) - table.runs.keys():
             raise ConfigError(
                 f"{options.table}: no run {', '.join(sorted(unknown))}; there are {', '.join(table.runs)}"
