@@ -24,6 +24,7 @@ from typing import Any
 
 from cim_models import evaluation
 from cim_models.errors import CimModelsError, ConfigError
+from cim_models.evaluation.training import STATE
 
 FROZEN = ("knn", "linear", "lowshot")
 """Protocols that can share a cache of features."""
@@ -61,7 +62,7 @@ def measure(
         if runs is None:
             raise ConfigError(f"{protocol} trains an encoder: give --runs, a folder for its runs")
         out = runs / file.stem
-        settings = {**settings, "resume": out.exists()}
+        settings = {**settings, "resume": (out / STATE).exists()}
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     recipe = defaults.pop("config", None)
     defaults |= {} if recipe is None else vars(recipe)
