@@ -52,7 +52,7 @@ class SegmentConfig(TrainConfig):
     crop: tuple[int, int] | None = None
     """Height and width of what is trained on, in pixels; by default those of the first picture."""
     short_side: int | None = None
-    """Pixels of the shorter side of what is measured; by default that of each picture, or of a given crop."""
+    """Pixels of the shorter side of what is measured; by default that of each picture, whatever the crop."""
 
 
 DEFAULT = SegmentConfig()
