@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from costs import counted_flops
+from costs import Shapes, counted_flops
 from decode import generate
 from table import Table, parser
 
@@ -137,11 +137,13 @@ def main() -> None:
         for model in options.models or MODELS[device.type]:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            run = pretrain(configuration(model, pictures, Path(name) / model, options, steps, images))
+            config = configuration(model, pictures, Path(name) / model, options, steps, images)
+            run = pretrain(config)
             lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
             lines = [line for line in lines if "images_per_second" in line][2:]
             rate, wait = (statistics.median(x[key] for x in lines) for key in ("images_per_second", "data_wait"))
-            flops = counted_flops(model)
+            exemplars = config.views.exemplars
+            flops = counted_flops(model, Shapes(config.views.context_size, exemplars.size, exemplars.count))
             memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
             bar = BARS.get(model) if device.type == "cuda" else None
             used = rate * flops

@@ -9,6 +9,7 @@ import pytest
 import scaling
 import start
 import table
+import throughput
 import torch
 
 from cim_models.backbones import build
@@ -45,6 +46,17 @@ def test_the_least_memory_is_no_more_than_what_autograd_keeps(model):
 def test_activation_checkpointing_keeps_less():
     least = [costs.saved_bytes("cim_vit_small", checkpointing=checkpointing) for checkpointing in (False, True)]
     assert least[1] < 0.6 * least[0]
+
+
+def test_the_operations_of_a_throughput_are_those_of_its_run(tmp_path, monkeypatch):
+    small = ["views.context_size=64", "views.exemplars.size=32", "views.exemplars.count=2"]
+    words = ["--device", "cpu", "--batch", "2", "--workers", "0", "--out", str(tmp_path / "table.json")]
+    monkeypatch.setattr("sys.argv", ["throughput.py", *words, "--set", *small])
+    monkeypatch.setitem(throughput.SIDES, "cpu", (64,))
+    throughput.main()
+    made = table.Table.read(tmp_path / "table.json")
+    counted = made.rows["cim_vit_tiny"][list(made.columns).index("GFLOP/image")]
+    assert counted == pytest.approx(costs.formula_flops("cim_vit_tiny", costs.Shapes(64, 32, 2)) / 1e9)
 
 
 def test_documents_are_what_the_commands_write():
