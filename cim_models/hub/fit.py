@@ -43,7 +43,8 @@ def compare(found: Weights, held: Specs, expected: Specs) -> None:
     for key in (key for key in expected if key in held):
         (shape, floating), (wanted, wanted_floating) = held[key], expected[key]
         if shape != wanted:
-            faults.append(f"{key} has shape {shape}, not {wanted}")
+            size = ", as of another img_size" if key == "pos_embed" else ""
+            faults.append(f"{key} has shape {shape}, not {wanted}{size}")
         if floating != wanted_floating:
             faults.append(f"{key} holds {kinds[floating]}, not {kinds[wanted_floating]}")
     if faults:

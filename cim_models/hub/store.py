@@ -212,19 +212,16 @@ def from_path(path: Path, architecture: str = "") -> Weights:
 
     Args:
         path: The folder or file.
-        architecture: Of a file that does not say itself, or says timm's name of it.
+        architecture: Of a file that does not say itself, or of what says timm's name of it.
 
     Raises:
         WeightsError: If there is nothing of the kind, or it is damaged.
     """
     if not path.exists():
         raise WeightsError(f"there is no {path}")
+    if path.is_file() and re.fullmatch(MODEL, path.name) and (path.parent / "config.json").is_file():
+        path = path.parent
     if path.is_file():
-        if re.fullmatch(MODEL, path.name) and (path.parent / "config.json").is_file():
-            found = _from_folder(path.parent)
-            if not found.entry and architecture and found.architecture.startswith(architecture.removeprefix("cim_")):
-                return replace(found, architecture=architecture, model_args=found.model_args or None)  # of stock timm
-            return found
         if path.suffix != ".safetensors":
             raise WeightsError(
                 f"{path} is not a safetensors file: save the tensors with safetensors.torch.save_file "
@@ -233,7 +230,10 @@ def from_path(path: Path, architecture: str = "") -> Weights:
             )
         return _from_file(path, architecture)
     if (path / "config.json").is_file():
-        return _from_folder(path)
+        found = _from_folder(path)
+        if not found.entry and architecture and found.architecture.startswith(architecture.removeprefix("cim_")):
+            return replace(found, architecture=architecture, model_args=found.model_args or None)  # of stock timm
+        return found
     if (path / "online.safetensors").is_file():
         found = _from_file(path / "online.safetensors", architecture)
         others = {part: path / f"{part}.safetensors" for part in ("target", "head")}
