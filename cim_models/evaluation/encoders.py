@@ -95,13 +95,16 @@ def describe(
 ) -> dict[str, Any]:
     """What was measured: enough to make the same encoder and its inputs again, as JSON.
 
-    The sha256 is one over the names and the bytes of all tensors, whatever file they came from. `images_seen` and
-    `epoch` are those of the pretraining, all runs of it together, where a log stands beside the weights.
+    The sha256 is one over the names and the bytes of all tensors, whatever file they came from. `encoder` is which one
+    of a run directory was measured. `images_seen` and `epoch` are those of the pretraining, all runs of it together,
+    where a log stands beside the weights.
     """
     digest = hashlib.sha256()
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    file = Path(encoder.pretrained_cfg.get("file") or "")
+    of_run = file.stem in ("online", "target") and file.stem != Path(weights or name).stem
     return {
         "model": name,
         "weights": weights,
@@ -110,7 +113,8 @@ def describe(
         "seed": seed if random_init else None,
         "weights_sha256": digest.hexdigest(),
         "transform": resolve_model_data_config(encoder),
-        **({} if random_init else seen_by(Path(encoder.pretrained_cfg.get("file") or ""))),
+        **({"encoder": file.stem} if of_run and not random_init else {}),
+        **({} if random_init else seen_by(file)),
     }
 
 

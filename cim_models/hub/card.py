@@ -220,9 +220,10 @@ def _page(entry: Entry) -> str:
 
 
 def _headline(entry: Entry) -> str:
-    """The first metric of the released encoder, with that of random weights beside it."""
+    """The first metric of the released encoder, or of no single one, with that of random weights beside it."""
     mine = next((metric for metric in entry.metrics if metric.name.endswith(f".{entry.encoder}")), None)
-    mine = mine or next(iter(entry.metrics), None)
+    others = (".online", ".target", f".{RANDOM}")
+    mine = mine or next((metric for metric in entry.metrics if not metric.name.endswith(others)), None)
     if mine is None:
         return "nothing"
     base = mine.name.rpartition(".")[0]

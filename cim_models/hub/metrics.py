@@ -59,7 +59,8 @@ def _split(split: dict[str, Any]) -> str:
 
 def _whose(model: dict[str, Any]) -> str:
     """`.random`, `.online` or `.target`, where a measurement is of one of them."""
-    name = RANDOM if model.get("random_init") else model.get("encoder") or Path(model["model"]).stem
+    said = model.get("encoder") or Path(model.get("weights") or model["model"]).stem
+    name = RANDOM if model.get("random_init") else said
     return f".{name}" if name in (RANDOM, "online", "target") else ""
 
 

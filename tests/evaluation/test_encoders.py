@@ -20,7 +20,10 @@ def test_a_run_directory_and_each_of_its_encoders(run):
         encoder = open_encoder(str(path), device="cpu")
         expected = load_file(run / f"{name}.safetensors")
         assert not encoder.training and all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
-        assert describe(encoder, "x")["transform"]["input_size"] == (3, 64, 64)
+        about = describe(encoder, str(path))
+        assert about["transform"]["input_size"] == (3, 64, 64)
+        assert about.get("encoder") == (name if path == run else None), "the name of a file says it itself"
+    assert "encoder" not in describe(open_encoder(str(run), random_init=True), str(run), random_init=True)
 
 
 @pytest.mark.parametrize("name", ["mine", "mine.first", "my first"])
@@ -79,7 +82,8 @@ def test_the_fingerprint_is_one_of_the_tensors_not_of_the_file(tmp_path, run):
     tensors = load_file(run / "online.safetensors")
     metadata = {"architecture": "cim_vit_tiny", "model_args": '{"img_size": 64, "depth": 2}', "note": "another file"}
     save_file(dict(reversed(tensors.items())), tmp_path / "copy.safetensors", metadata)
-    first, copy = (describe(open_encoder(str(p)), "x") for p in (run, tmp_path / "copy.safetensors"))
+    files = (run / "online.safetensors", tmp_path / "copy.safetensors")
+    first, copy = (describe(open_encoder(str(path)), "online") for path in files)
     assert first == copy and json.dumps(first)
     tensors["cls_token"].view(-1)[0] += 1e-3
     save_file(tensors, tmp_path / "copy.safetensors", metadata)

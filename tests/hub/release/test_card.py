@@ -116,6 +116,14 @@ def test_readme_has_the_table_of_the_manifest(run, root):
         card.readme_with_table("# no table", load_manifest(root))
 
 
+@pytest.mark.parametrize("whose", ["online", "random"])
+def test_a_number_of_another_encoder_is_not_in_the_table(run, root, whose):
+    metric = {"name": f"knn_top1.{whose}", "value": 0.5, "data": "Tiny val", "command": "cim evaluate knn"}
+    (run / "metrics.json").write_text(json.dumps([metric]))
+    module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
+    assert "| Tiny | nothing | Apache-2.0 |" in (root / "README.md").read_text()
+
+
 def released_entries():
     return load_manifest(ROOT).entries.values() if (ROOT / "weights_manifest.json").is_file() else ()
 

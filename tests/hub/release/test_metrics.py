@@ -38,10 +38,18 @@ def test_headlines_and_other_numbers(tmp_path):
 
 
 def test_whose_a_number_is(tmp_path):
-    described = [{}, {"random_init": True}, {"model": "runs/a/target.safetensors"}, {"model": "cim_vit_tiny"}]
+    described = [
+        {},
+        {"random_init": True},
+        {"model": "runs/a/target.safetensors"},
+        {"model": "cim_vit_tiny"},
+        {"model": "runs/a", "encoder": "online"},
+        {"model": "cim_vit_tiny", "weights": "runs/a/target.safetensors"},
+    ]
     paths = [knn(tmp_path / f"{i}.json", 0.1, **model) for i, model in enumerate(described)]
-    names = [metric.name for metric in read_metrics(paths)]
-    assert names == ["knn_top1.online", "knn_top1.random", "knn_top1.target", "knn_top1"]
+    names = [read_metrics([path])[0].name for path in paths]
+    whose = [".online", ".random", ".target", "", ".online", ".target"]
+    assert names == [f"knn_top1{end}" for end in whose]
 
 
 def test_repetitions_become_a_mean(tmp_path):
