@@ -1,5 +1,7 @@
 """How much memory there is, how much a step takes, and the largest batch that fits."""
 
+import contextlib
+import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -39,7 +41,8 @@ def room(device: torch.device) -> int:
 class Meter:
     """The most memory that this process holds from `start` to `stop`; neither waits for a GPU.
 
-    Of a GPU it is what torch allocates, of a CPU the resident memory of the process, looked at every few milliseconds.
+    Of a GPU it is what torch allocates, of a CPU the resident memory of the process, looked at every few milliseconds;
+    what C's allocator keeps for later, as after an earlier run, goes back to the system first, where that is glibc.
 
     Args:
         device: Whose memory.
@@ -52,6 +55,9 @@ class Meter:
 
     def start(self) -> None:
         """Notes what is held now, `before`."""
+        if self.device.type != "cuda":
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
         self.before = self.peak = self._held()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

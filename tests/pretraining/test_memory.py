@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def test_the_meter_sees_the_peak(device):
     words = in_words(meter, 4)
     assert words.startswith(f"peak memory {peak / 1e9:.3g} GB of ")
     assert float(words.split(", ")[1].removesuffix(" MB an image")) == pytest.approx(100, rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs an allocator that can be told to give back")
+def test_the_meter_sees_memory_that_was_held_before():
+    """As by an earlier run in this process, in blocks that the allocator keeps for later."""
+
+    def blocks() -> list[bytearray]:
+        return [bytearray(100_000) for _ in range(2000)]
+
+    earlier, last = blocks(), bytearray(100_000)
+    del earlier
+    meter = Meter(CPU)
+    meter.start()
+    for _ in range(3):
+        blocks()
+    assert meter.stop() - meter.before == pytest.approx(200 * MB, rel=0.1)
+    assert last
 
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 8, 9, 100, 128, 1000, 12345])
