@@ -1,4 +1,4 @@
-.PHONY: style quality test ci
+.PHONY: style quality test ci oldest
 
 style:  # repairs what can be repaired
 	ruff check --fix .
@@ -12,3 +12,6 @@ test:
 
 ci:  # what every change must pass, in a fresh virtual environment
 	bash .ci/run
+
+oldest:  # the tests with the oldest versions that setup.cfg allows
+	bash .ci/oldest

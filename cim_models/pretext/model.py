@@ -120,6 +120,8 @@ class CIM(nn.Module):
             maps: (B, K, S, S) bool or in [0, 1].
         """
         tokens = self.encode_context(context)
+        if self.target is None:
+            torch.clear_autocast_cache()  # older PyTorch keeps what it cast without gradient, for the exemplars too
         with self._trained_attention(context.device):
             sequence, summaries = self.encode_exemplars(exemplars)
             logits = self.head(tokens, sequence, context.shape[-1])
