@@ -185,7 +185,8 @@ def _seed(run: Report) -> Any:
 def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]]) -> str:
     parts = [
         "# Results",
-        "Written by `cim evaluate report`; every row names the command that measured it. Scores are in %.",
+        "Written by `cim evaluate report`; every row names the command that measured it. Scores are in %, "
+        "other numbers as they were found.",
     ]
     made: dict[str, int] = {}
     for section in sections:
