@@ -28,7 +28,9 @@ def compile_parts(cim: CIM, backend: Any = "inductor") -> None:
     Raises:
         ConfigError: If nothing can be compiled here.
     """
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    options = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
+    setattr(options, limit, max(VARIANTS, getattr(options, limit)))
     _check(next(cim.parameters()).device, backend)
     encoders = [encoder for encoder in (cim.online, cim.target) if encoder is not None]
     for part in [*(block for encoder in encoders for block in blocks(encoder)), cim.head]:
