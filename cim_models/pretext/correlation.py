@@ -1,6 +1,6 @@
 """Correlation heads: tokens of a context and of its exemplars → a map of log-odds for each exemplar."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -136,9 +136,10 @@ def info_nce(predictions: Tensor, contexts: Tensor, first: int, temperature: flo
         temperature: Of the softmax.
 
     Returns:
-        (K,) losses, mean over the batch.
+        (K,) losses, mean over the batch; in float32 whatever the autocast, which would round similarities near 1.
     """
-    logits = F.normalize(predictions.float(), dim=-1) @ F.normalize(contexts.float(), dim=-1).T / temperature
+    with _float32(predictions):
+        logits = F.normalize(predictions.float(), dim=-1) @ F.normalize(contexts.float(), dim=-1).T / temperature
     labels = torch.arange(first, first + len(predictions), device=predictions.device)
     losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(predictions.shape[1]), reduction="none")
     return 2 * temperature * losses.view(predictions.shape[:2]).mean(dim=0)
@@ -154,8 +155,13 @@ def upsample(grid: Tensor, size: int) -> Tensor:
         F.interpolate(torch.eye(n, device=grid.device).float()[None], size, mode="linear", align_corners=True)[0]
         for n in grid.shape[-2:]
     )
-    with nullcontext() if grid.is_meta else torch.autocast(grid.device.type, enabled=False):
+    with _float32(grid):
         return down.T @ (grid.float() @ across)
+
+
+def _float32(x: Tensor) -> AbstractContextManager[None]:
+    """Products on the device of x are as precise as what is multiplied, whatever the autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _mlp(*widths: int) -> nn.Sequential:

@@ -66,7 +66,7 @@ def place(cim: CIM, config: PretrainConfig, device: torch.device, processes: int
 
 
 def adamw(cim: CIM, config: OptimiserConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what is trained, fused where torch can; matrices decay."""
+    """AdamW over what is trained, fused where torch can; what is no vector decays."""
     groups = param_groups_weight_decay(cim, config.weight_decay)
     return torch.optim.AdamW(groups, betas=config.betas, fused=device.type in ("cpu", "cuda"))
 

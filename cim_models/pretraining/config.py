@@ -84,7 +84,7 @@ class OptimiserConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW."""
     weight_decay: float = 0.05
-    """On matrices only."""
+    """On matrices, kernels and the class token; not on biases and norms."""
     clip: float | None = 1.0
     """Greatest 2-norm of the gradient; None leaves it alone."""
     momentum: float = 0.99

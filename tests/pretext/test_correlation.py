@@ -192,3 +192,13 @@ def test_info_nce_is_its_formula(first):
             scores = torch.stack(scores)
             expected[k] += 2 * temperature * (scores.logsumexp(0) - scores[first + b]) / 4
     assert torch.allclose(info_nce(predictions, contexts, first, temperature), expected, atol=1e-5)
+
+
+def test_info_nce_is_not_rounded_by_autocast():
+    """Similarities of bfloat16 are multiples of 1/256 near 1, where the positives of a trained model are."""
+    torch.manual_seed(0)
+    contexts = torch.randn(64, 16)
+    predictions = contexts[:, None].bfloat16() + 0.1 * torch.randn(64, K, 16).bfloat16()  # as autocast hands them on
+    expected = info_nce(predictions.float(), contexts, 0, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(info_nce(predictions, contexts, 0, 0.2), expected)
