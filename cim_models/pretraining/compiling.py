@@ -31,6 +31,7 @@ def compile_parts(cim: CIM, backend: Any = "inductor") -> None:
     options = torch._dynamo.config
     limit = "recompile_limit" if hasattr(options, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.7
     setattr(options, limit, max(VARIANTS, getattr(options, limit)))
+    options.optimize_ddp = False  # it would cut each part up, to send gradients from within
     _check(next(cim.parameters()).device, backend)
     encoders = [encoder for encoder in (cim.online, cim.target) if encoder is not None]
     for part in [*(block for encoder in encoders for block in blocks(encoder)), cim.head]:

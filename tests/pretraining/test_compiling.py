@@ -96,6 +96,22 @@ def test_no_graph_breaks_and_nothing_else_changes(family, changes):
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
 
+def test_parts_stay_in_one_graph_where_processes_share_gradients(tmp_path):
+    """torch would cut a part at each 25 MB of gradients, and after the first one: here the head alone has 1.7 MB."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        backbone = backbones.build("cim_vit_tiny", embed_dim=24, depth=2, num_heads=2, img_size=64)
+        compiled = CIM(backbone, PretextConfig(head_width=192, head_heads=2))
+        counter = CompileCounterWithBackend("aot_eager")
+        compile_parts(compiled, counter)
+        before = counter.frame_count
+        torch.nn.parallel.DistributedDataParallel(compiled)(*batch()).loss.backward()
+        assert counter.frame_count - before == 3
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_where_nothing_can_be_compiled():
     def broken(graph, inputs):
         raise RuntimeError("no compiler\nthere")
