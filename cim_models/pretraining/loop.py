@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     directory, resume = Path(config.out), goes_on(config)
     accelerator = Accelerator(
         cpu=without_gpus(), mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )  # fmt: skip
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main = accelerator.is_main_process
