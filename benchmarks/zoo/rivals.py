@@ -5,9 +5,9 @@
 
 As many images as the run saw in all its parts, or as it sees in as many minutes as they trained. What makes the methods
 is lightly's (`pip install --no-deps lightly==1.6.0`): heads, decoder, masking, losses; the settings are the papers'
-(`--lr` searches), but MAE's decoder has four blocks of width 256, half of the paper's. Crops and colours are made on the
-device, as ours are. What is left is like a run directory: `online.safetensors` (of DINO also `target.safetensors`, the
-teacher), log.jsonl, last.pt; it goes on after SIGTERM.
+(`--lr` searches), but MAE's decoder has four blocks of width 256, half of the paper's. Crops and colours are made on
+the device, as ours are. What is left is like a run directory: `online.safetensors` (of DINO also `target.safetensors`,
+the teacher), log.jsonl, last.pt; it goes on after SIGTERM.
 """
 
 import argparse
