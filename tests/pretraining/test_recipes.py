@@ -42,9 +42,7 @@ def test_the_recipe_can_be_run(name):
         cim = build(config, -1.0)
     context = torch.empty(2, 3, config.views.context_size, config.views.context_size, device="meta")
     side, count = config.views.exemplars.size, config.views.exemplars.count
-    exemplars, maps = (
-        torch.empty(2, count, *shape, device="meta") for shape in ((3, side, side), context.shape[-2:])
-    )
+    exemplars, maps = (torch.empty(2, count, *shape, device="meta") for shape in ((3, side, side), context.shape[-2:]))
     assert cim(context, exemplars, maps).logits.shape == maps.shape
 
 
