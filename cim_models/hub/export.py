@@ -18,6 +18,8 @@ from cim_models.files import check_writable, replacing
 from cim_models.hub.load import create_model
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OLDEST = "2.14"
+"""PyTorch's version: the exporter of 2.6 fails on ResNets and on images of any size."""
 OPSET = 18
 """The first whose Resize is antialiased, as timm's resampling of position embeddings is."""
 LIMIT = 2**31 - 2**24
@@ -70,12 +72,15 @@ def export(
             features of each place (B, D, h, w).
 
     Raises:
-        ConfigError: If a package is missing, a size or batch is not possible, or the file cannot be written.
+        ConfigError: If a package is missing or PyTorch too old, a size or batch is not possible, or the file cannot be
+            written.
         WeightsError: If there are no such weights, or the result differs from PyTorch.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"ONNX export needs {', '.join(missing)}: pip install 'cim-models[onnx]'")
+    if torch.__version__ < OLDEST:  # no plain string: 2.6 comes before 2.14
+        raise ConfigError(f"ONNX export needs PyTorch {OLDEST}, not {torch.__version__}: upgrade torch and torchvision")
     if any_size and size:
         raise ConfigError(f"size {' '.join(map(str, size))} and any_size contradict each other: give one of them")
     if batch < 0:

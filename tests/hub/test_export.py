@@ -21,6 +21,8 @@ def runtime():
     """ONNX Runtime, where all that exporting needs is installed."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason="needs the extra onnx")
+    if torch.__version__ < module.OLDEST:
+        pytest.skip(f"needs PyTorch {module.OLDEST}")
     return pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 
@@ -145,6 +147,7 @@ def test_what_differs_is_not_written(runtime, encoder_file, tmp_path, monkeypatc
 )
 def test_what_cannot_be(encoder_file, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(module, "PACKAGES", ())
+    monkeypatch.setattr(module, "OLDEST", "2")
     path = encoder_file("cim_vit_tiny", depth=1, img_size=32)
     with pytest.raises(ConfigError, match=message):
         export(str(path), to=tmp_path / "model.onnx", **arguments)
@@ -154,6 +157,7 @@ def test_what_cannot_be(encoder_file, tmp_path, monkeypatch, arguments, message)
 @pytest.mark.parametrize("arguments", [dict(any_size=True), dict(size=(64,))])
 def test_an_encoder_of_one_size(encoder_file, tmp_path, monkeypatch, arguments):
     monkeypatch.setattr(module, "PACKAGES", ())
+    monkeypatch.setattr(module, "OLDEST", "2")
     path = encoder_file("cim_vit_tiny", depth=1, img_size=32, dynamic_img_size=False)
     with pytest.raises(ConfigError, match="dynamic_img_size=False: it takes 32 × 32 pixels only"):
         export(str(path), to=tmp_path / "model.onnx", **arguments)
@@ -161,10 +165,15 @@ def test_an_encoder_of_one_size(encoder_file, tmp_path, monkeypatch, arguments):
 
 def test_what_is_missing_or_too_large(encoder_file, tmp_path, monkeypatch):
     path = encoder_file("cim_vit_tiny", depth=1, img_size=32)
+    monkeypatch.setattr(module, "PACKAGES", ())
+    monkeypatch.setattr(module, "OLDEST", "99.10")
+    with pytest.raises(ConfigError, match=r"ONNX export needs PyTorch 99\.10, not "):
+        export("cim_vit_tiny", to=tmp_path / "model.onnx")
     monkeypatch.setattr(module, "PACKAGES", ("json", "onnx_that_nobody_has"))
     with pytest.raises(ConfigError, match=r"needs onnx_that_nobody_has: pip install 'cim-models\[onnx\]'"):
         export(str(path), to=tmp_path / "model.onnx")
     monkeypatch.setattr(module, "PACKAGES", ())
+    monkeypatch.setattr(module, "OLDEST", "2")
     monkeypatch.setattr(module, "LIMIT", 1000)
     with pytest.raises(ConfigError, match="larger than the 2 GB"):
         export(str(path), to=tmp_path / "model.onnx")
