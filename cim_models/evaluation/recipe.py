@@ -32,7 +32,7 @@ class TrainConfig:
     layer_decay: float = 0.8
     """Factor between the learning rates of a layer and of the one above it; 1 treats all alike."""
     weight_decay: float = 0.05
-    """On matrices only."""
+    """On matrices and kernels only."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     clip: float | None = None
