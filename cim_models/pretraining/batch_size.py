@@ -74,8 +74,6 @@ def _trial(config: PretrainConfig, device: torch.device, processes: int) -> Call
     autocast = precision.autocast(device, config.precision)
     cim = build(config, 0.0).to(device)
     optimiser = adamw(cim, config.optimiser, device)
-    trained = [p for p in cim.parameters() if p.requires_grad]
-    buckets = [torch.zeros_like(p) for p in trained] if processes > 1 else []  # what DDP sends of the gradient
 
     def step(images: int) -> None:
         size = config.data.size
@@ -86,12 +84,10 @@ def _trial(config: PretrainConfig, device: torch.device, processes: int) -> Call
             with autocast:
                 output = cim(*views)
             output.loss.backward()
-            for bucket, parameter in zip(buckets, trained, strict=False):
-                bucket.copy_(parameter if parameter.grad is None else parameter.grad)
             with autocast:
                 diagnose(cim, output, views)
             optimiser.step()
         finally:
-            optimiser.zero_grad()
+            optimiser.zero_grad(set_to_none=processes == 1)  # several keep the gradient where they send it from
 
     return step

@@ -85,8 +85,10 @@ def test_the_search(limit, most):
 def test_the_largest_batch_of_a_cpu_leaves_a_tenth(monkeypatch):
     def room_for(size: int) -> int:
         """Free memory of which a step may take so much, whatever this process holds already."""
-        held = memory.psutil.Process().memory_info().rss
-        return round((size + held) / 0.9 - held)
+        meter = Meter(CPU)
+        meter.start()  # which gives back what nothing uses any more
+        meter.close()
+        return round((size + meter.before) / 0.9 - meter.before)
 
     def found(size: int, most: int = 1000, **kwargs: int) -> int:
         monkeypatch.setattr(memory, "room", lambda device: kwargs.get("sharing", 1) * room_for(size))
