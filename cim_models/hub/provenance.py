@@ -211,7 +211,7 @@ def _read(run: Path, encoder: str) -> Stage:
     names = (f"{encoder}.safetensors", "head.safetensors", CONFIG, LOG)
     missing = [name for name in names if not (run / name).is_file()]
     if missing:
-        hint = "; without a moving average, give --encoder online" if missing == ["target.safetensors"] else ""
+        hint = "; without a moving average there is only the online one" if missing == ["target.safetensors"] else ""
         raise CheckpointError(f"{run} is not a whole run directory: it lacks {', '.join(missing)}{hint}")
     try:
         header = read_header(run / names[0])

@@ -38,7 +38,7 @@ def release(
     /,
     *,
     id: str,
-    encoder: Literal["target", "online"] = "target",
+    encoder: Literal["online", "target"] = "online",
     dtype: Dtype = "float16",
     summary: str = "",
     data: str = NOT_STATED,
@@ -55,7 +55,8 @@ def release(
     Args:
         run: Run directory of `cim pretrain`.
         id: `architecture.tag`, such as cim_vit_tiny.tin200_e3.
-        encoder: Which of the two becomes the backbone; it also serves both sides of `locate`.
+        encoder: Which of the two becomes the backbone: the online one, as `create_model` loads of a run directory and
+            `cim evaluate` measures, or the target, where that is better. It also serves both sides of `locate`.
         dtype: Of the tensors in the files.
         summary: One line.
         data: Name of the data set that the run saw; that of a release which it started from is added.

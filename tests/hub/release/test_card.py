@@ -24,7 +24,9 @@ TEXTS = dict(summary="Small, for tests.", data="Tiny", terms="research only", li
 
 
 def test_the_card_says_what_a_user_must_know(run, root):
-    made = module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
+    made = module.release(
+        run, id="cim_vit_tiny.t1", root=root, encoder="target", metrics=(run / "metrics.json",), **TEXTS
+    )
     text = (made / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert (front["license"], front["library_name"]) == ("apache-2.0", "timm") and "timm" in front["tags"]
@@ -103,7 +105,7 @@ def test_readme_has_the_table_of_the_manifest(run, root):
     module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- models -->\n| name |") and text.endswith("|\n<!-- /models -->\n\nEnd\n")
-    row = "| 64 × 64 | Tiny | knn_top1 9.1% (random weights 2.4%), Tiny val | Apache-2.0 |"
+    row = "| 64 × 64 | Tiny | knn_top1 8.3% (random weights 2.4%), Tiny val | Apache-2.0 |"
     assert "[`cim_vit_tiny.t1`](weights/cim_vit_tiny.t1/README.md)" in text and row in text
     assert card.readme_with_table(text, load_manifest(root)) == text
     manifest = load_manifest(root)
@@ -116,7 +118,7 @@ def test_readme_has_the_table_of_the_manifest(run, root):
         card.readme_with_table("# no table", load_manifest(root))
 
 
-@pytest.mark.parametrize("whose", ["online", "random"])
+@pytest.mark.parametrize("whose", ["target", "random"])
 def test_a_number_of_another_encoder_is_not_in_the_table(run, root, whose):
     metric = {"name": f"knn_top1.{whose}", "value": 0.5, "data": "Tiny val", "command": "cim evaluate knn"}
     (run / "metrics.json").write_text(json.dumps([metric]))

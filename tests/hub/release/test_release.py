@@ -47,7 +47,7 @@ def test_the_released_encoder_is_the_runs(making, tmp_path, root, encoder, dtype
 
 def test_one_encoder_and_the_head_locate(making, tmp_path, root):
     cim = making.make_run(tmp_path / "run")
-    made = module.release(tmp_path / "run", id="cim_vit_tiny.t1", dtype="float32", root=root)
+    made = module.release(tmp_path / "run", id="cim_vit_tiny.t1", encoder="target", dtype="float32", root=root)
     cim.online.load_state_dict(cim.target.state_dict())
     given = making.images(), making.images(32)[:, None]
     pretext = create_pretext(made).eval()
@@ -134,8 +134,8 @@ def test_an_id_is_released_once(making, run, root, tmp_path):
     with pytest.raises(ConfigError, match="cim_vit_tiny.t1 is released already"):
         module.release(run, id="cim_vit_tiny.t1", root=root)
     assert making.contents(root) == before
-    module.release(run, id="cim_vit_tiny.t1", root=root, replace=True, encoder="online")
-    assert load_manifest(root).entries["cim_vit_tiny.t1"].encoder == "online"
+    module.release(run, id="cim_vit_tiny.t1", root=root, replace=True, encoder="target")
+    assert load_manifest(root).entries["cim_vit_tiny.t1"].encoder == "target"
     verify("cim_vit_tiny.t1", load_manifest(root))
     assert [path.name for path in made.parent.iterdir()] == ["cim_vit_tiny.t1"]
 
@@ -149,7 +149,7 @@ def test_a_failure_restores_what_was_there(making, run, root, monkeypatch):
     monkeypatch.setattr(module, "write_manifest", full)
     for id in ("cim_vit_tiny.t1", "cim_vit_tiny.t2"):
         with pytest.raises(ConfigError, match=f"{id} cannot be written.*No space left"):
-            module.release(run, id=id, root=root, replace=True, encoder="online")
+            module.release(run, id=id, root=root, replace=True, encoder="target")
         assert making.contents(root) == before
     assert [path.name for path in (root / "weights").iterdir()] == ["cim_vit_tiny.t1"]
 
@@ -240,17 +240,23 @@ def test_interrupted_releases(making, run, tmp_path):
 # ---------------------------------------------------------------- runs and arguments that cannot be
 
 
-@pytest.mark.parametrize("name", ["target.safetensors", "head.safetensors", "config.yaml", "log.jsonl"])
+@pytest.mark.parametrize("name", ["online.safetensors", "head.safetensors", "config.yaml", "log.jsonl"])
 def test_runs_that_are_not_whole(run, root, name):
     content = (run / name).read_bytes()
     (run / name).write_bytes(content[: len(content) // 2] if name != "config.yaml" else b"[a")
     with pytest.raises(CheckpointError, match=str(run)):
         module.release(run, id="cim_vit_tiny.t1", root=root)
     (run / name).unlink()
-    hint = "; without a moving average, give --encoder online" if name == "target.safetensors" else ""
-    with pytest.raises(CheckpointError, match=f"{run}.*lacks {name}{hint}$"):
+    with pytest.raises(CheckpointError, match=f"{run}.*lacks {name}$"):
         module.release(run, id="cim_vit_tiny.t1", root=root)
     assert not (root / "weights").exists() or not list((root / "weights").iterdir())
+
+
+def test_a_run_without_a_moving_average(run, root):
+    (run / "target.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks target.safetensors; without a moving average"):
+        module.release(run, id="cim_vit_tiny.t1", root=root, encoder="target")
+    module.release(run, id="cim_vit_tiny.t1", root=root)
 
 
 def test_a_run_that_ended_between_its_files(run, root):
@@ -281,7 +287,7 @@ def test_a_licence_that_allows_more_than_that_of_what_the_run_started_from(run, 
 
 
 def test_files_that_no_run_wrote(run, root):
-    save_file({"a": torch.zeros(1)}, run / "target.safetensors")
+    save_file({"a": torch.zeros(1)}, run / "online.safetensors")
     with pytest.raises(CheckpointError, match="does not say its architecture, images_seen, model_args, pretext"):
         module.release(run, id="cim_vit_tiny.t1", root=root)
 
@@ -311,16 +317,16 @@ def test_metrics_that_cannot_be(run, root, text):
 
 def test_numbers_that_float16_does_not_hold(making, tmp_path, root):
     making.make_run(tmp_path / "run")
-    header = read_header(tmp_path / "run/target.safetensors").metadata
-    tensors = load_file(tmp_path / "run/target.safetensors")
-    save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1e5}, tmp_path / "run/target.safetensors", header)
+    header = read_header(tmp_path / "run/online.safetensors").metadata
+    tensors = load_file(tmp_path / "run/online.safetensors")
+    save_file(tensors | {"norm.bias": tensors["norm.bias"] + 1e5}, tmp_path / "run/online.safetensors", header)
     with pytest.raises(ConfigError, match="not finite as float16: norm.bias"):
         module.release(tmp_path / "run", id="cim_vit_tiny.t1", root=root)
     module.release(tmp_path / "run", id="cim_vit_tiny.t1", root=root, dtype="bfloat16")
 
 
 def test_the_command(run, root, capsys):
-    assert main(["release", str(run), "--id", "cim_vit_tiny.t1", "--root", str(root), "--encoder", "online"]) == 0
+    assert main(["release", str(run), "--id", "cim_vit_tiny.t1", "--root", str(root), "--encoder", "target"]) == 0
     assert capsys.readouterr().out.strip() == str(root / "weights" / "cim_vit_tiny.t1")
     assert main(["release", str(run), "--id", "cim_vit_tiny.t1", "--root", str(root)]) == 1
     assert "released already" in capsys.readouterr().err
