@@ -18,7 +18,7 @@ from cim_models.errors import CimModelsError
 from cim_models.evaluation.protocol import Report
 from cim_models.hub.provenance import read_stages, seen_by
 from cim_models.hub.release import release
-from cim_models.hub.store import read_header
+from cim_models.hub.weights import read_header
 
 DATA = "Tiny ImageNet-200, all 100,000 training images of 64 × 64 pixels, labels unused"
 TERMS = "images of ImageNet: non-commercial research and educational use only"

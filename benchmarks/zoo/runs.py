@@ -35,7 +35,7 @@ import yaml
 from cim_models.errors import CimModelsError, ConfigError
 from cim_models.evaluation import splits
 from cim_models.files import replacing
-from cim_models.hub.store import read_header
+from cim_models.hub.weights import read_header
 from cim_models.pretraining import pretrain
 from cim_models.pretraining.config import PretrainConfig, from_dict
 from cim_models.pretraining.diagnostics import hold_out

@@ -19,7 +19,8 @@ from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.names import folder_or_close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
 from cim_models.hub.provenance import seen_by
-from cim_models.hub.store import Weights, resolve
+from cim_models.hub.store import resolve
+from cim_models.hub.weights import Weights
 from cim_models.pretext.model import CIM
 
 DEFAULT_MODEL = "cim_vit_tiny"

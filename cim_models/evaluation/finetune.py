@@ -33,7 +33,7 @@ from cim_models.hub.entry import Data, Entry, Metric, Preprocessing
 from cim_models.hub.folder import BLANK, staging, write_folder
 from cim_models.hub.load import create_transform
 from cim_models.hub.provenance import called, released
-from cim_models.hub.store import Weights
+from cim_models.hub.weights import Weights
 from cim_models.images import read_image
 from cim_models.processes import without_gpus
 from cim_models.workers import usable_workers

@@ -21,7 +21,7 @@ from cim_models.evaluation.decoders import LinearSegmenter, PyramidSegmenter, le
 from cim_models.evaluation.encoders import rebuilt
 from cim_models.evaluation.label_maps import preparation
 from cim_models.files import replacing
-from cim_models.hub.store import read_header
+from cim_models.hub.weights import read_header
 
 FILE, KIND = "model.safetensors", "segmenter"
 TEXTS = ("architecture", "head")

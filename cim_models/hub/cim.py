@@ -16,7 +16,7 @@ from cim_models.backbones import ARCHITECTURES
 from cim_models.hub.entry import Entry
 from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.pretrained_cfg import pretrained_cfg
-from cim_models.hub.store import Weights
+from cim_models.hub.weights import Weights
 
 __all__: list[str] = []  # register_model adds the names
 

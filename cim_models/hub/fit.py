@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cim_models.backbones import VisionTransformer
 from cim_models.errors import WeightsError
-from cim_models.hub.store import Weights, read_header
+from cim_models.hub.weights import Weights, read_header
 
 Specs: TypeAlias = dict[str, tuple[tuple[int, ...], bool]]
 """Shape of each tensor, and whether its numbers are floating-point."""

@@ -23,8 +23,8 @@ from cim_models.hub.card import render_card
 from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.pretrained_cfg import pretrained_cfg
-from cim_models.hub.store import Weights
 from cim_models.hub.verify import golden_output
+from cim_models.hub.weights import Weights
 from cim_models.pretext.views import DEVIATION, MEAN
 
 Dtype: TypeAlias = Literal["float16", "bfloat16", "float32"]

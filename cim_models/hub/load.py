@@ -26,7 +26,8 @@ from cim_models.hub.entry import Part
 from cim_models.hub.manifest import Manifest, known_manifest
 from cim_models.hub.names import Name, folder_or_close_to, parse_name
 from cim_models.hub.pretrained_cfg import pretrained_cfg
-from cim_models.hub.store import Weights, resolve
+from cim_models.hub.store import resolve
+from cim_models.hub.weights import Weights
 from cim_models.images import to_rgb
 from cim_models.pretext.model import CIM, PretextConfig
 

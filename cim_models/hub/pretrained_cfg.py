@@ -6,7 +6,7 @@ from timm.models import PretrainedCfg
 
 from cim_models.backbones.resnet import RESNET_CFG, RESNETS
 from cim_models.backbones.vit import VIT_CFG
-from cim_models.hub.store import Weights
+from cim_models.hub.weights import Weights
 
 
 def pretrained_cfg(weights: Weights) -> PretrainedCfg:

@@ -16,7 +16,8 @@ from cim_models.errors import CheckpointError, ConfigError, WeightsError
 from cim_models.hub.access import Access
 from cim_models.hub.card import LOG, RECIPE
 from cim_models.hub.entry import Entry
-from cim_models.hub.store import Header, Weights, read_header, resolve
+from cim_models.hub.store import resolve
+from cim_models.hub.weights import Header, Weights, read_header
 
 CONFIG = "config.yaml"
 """Of a run directory."""

@@ -24,7 +24,7 @@ from cim_models.hub.folder import BLANK, Dtype, Tensors, preprocessing, staging,
 from cim_models.hub.manifest import NAME, Manifest, load_manifest, write_manifest
 from cim_models.hub.metrics import read_metrics
 from cim_models.hub.provenance import called, origin, read_stages, texts
-from cim_models.hub.store import read_header
+from cim_models.hub.weights import read_header
 from cim_models.pretext.model import PretextConfig
 
 NON_COMMERCIAL = re.compile(r"\bNC\b|non-?commercial", re.IGNORECASE)

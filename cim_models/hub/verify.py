@@ -12,7 +12,8 @@ from cim_models.hub.entry import Golden, Part, key_digest
 from cim_models.hub.integrity import check_file
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.manifest import Manifest, known_manifest
-from cim_models.hub.store import read_header, released_files
+from cim_models.hub.store import released_files
+from cim_models.hub.weights import read_header
 from cim_models.pretext.model import CIM
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

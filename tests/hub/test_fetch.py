@@ -16,7 +16,8 @@ from cim_models.hub.fetch import fetch
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.manifest import Manifest, load_manifest
 from cim_models.hub.provenance import provenance_files
-from cim_models.hub.store import MIRROR, from_path
+from cim_models.hub.store import MIRROR
+from cim_models.hub.weights import from_path
 
 
 def by_both_ways(folder, manifest, entry, monkeypatch):

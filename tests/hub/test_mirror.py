@@ -16,7 +16,8 @@ from cim_models.hub.access import Access
 from cim_models.hub.entry import Entry
 from cim_models.hub.load import create_model, create_pretext, list_models
 from cim_models.hub.manifest import MIRROR, known_manifest, load_manifest, write_manifest
-from cim_models.hub.store import from_path, resolve
+from cim_models.hub.store import resolve
+from cim_models.hub.weights import from_path
 
 ID = "cim_vit_tiny.ours"
 OURS = load_manifest().entries

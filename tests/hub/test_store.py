@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from cim_models.errors import ConfigError, WeightsError
 from cim_models.hub.manifest import load_manifest
-from cim_models.hub.store import MIRROR, check_file, from_path, read_header, released_files, resolve
+from cim_models.hub.store import MIRROR, check_file, released_files, resolve
+from cim_models.hub.weights import from_path, read_header
 
 
 @pytest.fixture(autouse=True)

@@ -51,7 +51,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 images, picture, outputs = load_file("images.safetensors")["images"], Image.open("picture.png"), {}
-for name, (id, classes) in json.load(open("names.json")).items():
+for number, (name, (id, classes)) in enumerate(json.load(open("names.json")).items()):
     place, _, revision = name.partition(":")[2].partition("@")
     kwargs = dict(revision=revision) if revision else {}
     model = AutoModel.from_pretrained(place, **kwargs).float().eval()
@@ -65,8 +65,9 @@ for name, (id, classes) in json.load(open("names.json")).items():
     assert set(info["missing_keys"]) == missing and not info["unexpected_keys"], info
     logits = loaded.float().eval()(images).logits
     assert logits.shape == (2, classes or 3)
+    outputs[f"{name} logits"] = logits
+    loaded.save_pretrained(f"saved/{number}")
     if classes:
-        outputs[f"{name} logits"] = logits
         assert loaded.config.id2label[1] == "dog"
     processor = AutoImageProcessor.from_pretrained(place, **kwargs)
     outputs[f"{name} pixels"] = processor(picture, return_tensors="pt")["pixel_values"]
@@ -134,13 +135,14 @@ def test_transformers(making, names, tmp_path):
     pytest.importorskip("transformers", reason="needs transformers")
     output = outputs(making, TRANSFORMERS, names, tmp_path)
     picture = Image.open(tmp_path / "picture.png")
-    for name, folder in names.items():
-        model = create_model(folder).eval()
+    for number, (name, folder) in enumerate(names.items()):
+        model, saved = create_model(folder).eval(), create_model(tmp_path / "saved" / str(number)).eval()
         said = model.forward_head(model.forward_features(making.images()), pre_logits=True)
         torch.testing.assert_close(output[name], said, rtol=0, atol=1e-6)
         maps = model.forward_features(making.images())
         torch.testing.assert_close(output[f"{name} maps"], maps, rtol=0, atol=1e-5)
         torch.testing.assert_close(output[f"{name} pixels"][0], create_transform(model)(picture), rtol=0, atol=1e-6)
+        torch.testing.assert_close(output[f"{name} logits"], saved(making.images()), rtol=0, atol=1e-6)
         if model.num_classes:
             torch.testing.assert_close(output[f"{name} logits"], model(making.images()), rtol=0, atol=1e-6)
 

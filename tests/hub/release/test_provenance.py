@@ -13,7 +13,7 @@ from cim_models.errors import CheckpointError
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import origin, read_stages, seen_by, texts
 from cim_models.hub.release import release
-from cim_models.hub.store import Weights
+from cim_models.hub.weights import Weights
 from cim_models.pretraining.config import load_recipe
 
 RELEASED = load_manifest().default("cim_vit_tiny").id

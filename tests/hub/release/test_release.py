@@ -20,8 +20,8 @@ from cim_models.hub import folder
 from cim_models.hub import release as module
 from cim_models.hub.entry import Data
 from cim_models.hub.manifest import load_manifest, write_manifest
-from cim_models.hub.store import read_header
 from cim_models.hub.verify import verify
+from cim_models.hub.weights import read_header
 
 # ---------------------------------------------------------------- the same model
 
