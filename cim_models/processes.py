@@ -82,6 +82,14 @@ class Processes:
             torch.distributed.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
 
+    def greatest(self, number: int) -> int:
+        """The greatest of a number over all processes. In a run, `none_is_lost` around it says what to do."""
+        if self.count == 1:
+            return number
+        tensor = torch.tensor(number)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(tensor)
+
     def check_same(self, value: object, what: str) -> None:
         """Makes sure that all processes have the same, such as what they found on the disks of their machines.
 
@@ -115,23 +123,6 @@ def launched() -> Processes:
 def without_gpus() -> bool:
     """Whether several processes were started where there is no GPU: told so, Accelerate takes none for the only one."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-
-
-def agreement(processes: int) -> Callable[[int], int]:
-    """The greatest of a number over all processes, which all of them have to ask for.
-
-    It goes through the processors and their network: the accelerators are not waited for.
-    """
-    if processes == 1:
-        return lambda number: number
-    group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-
-    def greatest(number: int) -> int:
-        tensor = torch.tensor(number)
-        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=group)
-        return int(tensor)
-
-    return greatest
 
 
 @contextlib.contextmanager

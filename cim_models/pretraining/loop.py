@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig, probe: Probe | None = None) -> Path:
     quiet = plan.warmup if main else plan.steps + 1
     diagnosis = HeldOut(pictures_of(config, Subset(records, held_out)), config, prior, device, quiet, probe)
     prior_loss = prior.loss * (config.views.exemplars.count if config.pretext.reduction == "sum" else 1)
-    tally, meter, points = Tally(), Meter(device), SavePoints(config, plan.steps, rank, processes)
+    tally, meter, points = Tally(), Meter(device), SavePoints(config, plan.steps, launched())
     bar = tqdm(total=plan.steps, initial=start, unit_scale=plan.global_batch, unit="img", disable=not main)
     with none_is_lost(processes), closing(log), closing(bar), closing(stream), closing(meter), points:
         if start == plan.steps:  # what ended the run may have come between its last checkpoint and its encoders

@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 from cim_models.pretraining.config import PretrainConfig
-from cim_models.processes import agreement
+from cim_models.processes import ALONE, Processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TIME = 1
@@ -23,13 +23,12 @@ class SavePoints:
     Args:
         config: Of the run.
         steps: Of the whole run.
-        rank: This process; the clock of the first one counts.
-        processes: How many there are.
+        processes: Of the run; the clock of the first one counts.
     """
 
-    def __init__(self, config: PretrainConfig, steps: int, rank: int = 0, processes: int = 1) -> None:
-        self.config, self.steps, self.alone, self.agree = config, steps, processes == 1, agreement(processes)
-        self.seconds = 60 * config.save_minutes if rank == 0 and config.save_minutes else float("inf")
+    def __init__(self, config: PretrainConfig, steps: int, processes: Processes = ALONE) -> None:
+        self.config, self.steps, self.processes = config, steps, processes
+        self.seconds = 60 * config.save_minutes if processes.first and config.save_minutes else float("inf")
         self.received, self.last = 0, time.monotonic()
         self.before: dict[signal.Signals, Any] = {}
 
@@ -45,14 +44,16 @@ class SavePoints:
         self.before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT and self.alone:  # launchers send it twice; a person means it
+        if (
+            self.received == number == signal.SIGINT and self.processes.count == 1
+        ):  # launchers send it twice; a person means it
             raise KeyboardInterrupt
         self.received = number
 
     def reached(self, done: int) -> bool:
         """Whether to save after this step; one exchange of a number between processes."""
         late = time.monotonic() - self.last > self.seconds
-        asked = self.agree(self.received or (_TIME if late else 0))
+        asked = self.processes.greatest(self.received or (_TIME if late else 0))
         if asked > _TIME:
             self.received = asked
         reached = bool(asked) or done % self.config.save_every == 0 or done == self.steps
@@ -62,7 +63,7 @@ class SavePoints:
 
     def wait(self) -> None:
         """Waits for all processes, of which the first one may have computed alone for hours."""
-        self.agree(0)
+        self.processes.greatest(0)
 
     def end_if_asked(self) -> None:
         """Does what the signal that was noted would have done; a handler of the caller's may let the run go on.
@@ -71,7 +72,7 @@ class SavePoints:
             KeyboardInterrupt: By Python's own handler of SIGINT.
             SystemExit: In place of the system's own way to end a process, so that files are closed and readers end.
         """
-        asked = self.agree(self.received)
+        asked = self.processes.greatest(self.received)
         if not asked:
             return
         before = self.before.get(signal.Signals(asked), signal.SIG_DFL)

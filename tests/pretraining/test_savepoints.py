@@ -8,6 +8,7 @@ import pytest
 from cim_models.pretraining import savepoints
 from cim_models.pretraining.config import PretrainConfig
 from cim_models.pretraining.savepoints import SavePoints
+from cim_models.processes import Processes
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def test_minutes_since_the_last_save(clock):
 
 def test_only_the_first_process_has_a_clock_and_all_follow_it(clock, monkeypatch):
     said = []
-    monkeypatch.setattr(savepoints, "agreement", lambda processes: lambda number: said.append(number) or max(said))
-    points = [SavePoints(PretrainConfig(save_minutes=1.0), 1000, rank, 2) for rank in range(2)]
+    monkeypatch.setattr(Processes, "greatest", lambda self, number: said.append(number) or max(said))
+    points = [SavePoints(PretrainConfig(save_minutes=1.0), 1000, Processes(rank, 2)) for rank in range(2)]
     clock[0] += 61
     assert [point.reached(1) for point in points] == [True, True] and said == [1, 0]
     said.clear()
@@ -51,8 +52,8 @@ def test_only_the_first_process_has_a_clock_and_all_follow_it(clock, monkeypatch
 
 def test_a_signal_that_one_process_notes_during_a_save_ends_all(monkeypatch):
     said = []
-    monkeypatch.setattr(savepoints, "agreement", lambda processes: lambda number: said.append(number) or max(said))
-    points = [SavePoints(PretrainConfig(save_every=1), 1000, rank, 2) for rank in range(2)]
+    monkeypatch.setattr(Processes, "greatest", lambda self, number: said.append(number) or max(said))
+    points = [SavePoints(PretrainConfig(save_every=1), 1000, Processes(rank, 2)) for rank in range(2)]
     with points[1]:  # the other one heard nothing
         assert [point.reached(1) for point in points] == [True, True]
         signal.raise_signal(signal.SIGTERM)
