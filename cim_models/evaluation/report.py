@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isclose
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from cim_models.errors import DataError
@@ -31,10 +33,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The model, its weights, and whether they are random."""
+        """The model, its weights, and whether they are random, or were when all of it was trained."""
         model = self.runs[0].model
         weights = f" + {model['weights']}" if model.get("weights") else ""
-        return f"{model['model']}{weights}" + (", random weights" if model.get("random_init") else "")
+        random = ", from scratch" if self.runs[0].settings.get("from_scratch") else ", random weights"
+        return f"{model['model']}{weights}{random if model.get('random_init') else ''}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,6 +76,16 @@ class Section:
     def first(self) -> Report:
         """Any of its measurements, for what they have in common."""
         return self.rows[0].runs[0]
+
+    @property
+    def headline(self) -> str | None:
+        """The name of the score that stands for all, if one does."""
+        results = [run.result for row in self.rows for run in row.runs if run.result.get("headline") is not None]
+        for result in results:
+            for name, score in result["scores"].items():
+                if isclose(mean(score if isinstance(score, list) else [score]), result["headline"]):
+                    return str(name)
+        return None
 
     @property
     def slug(self) -> str:
@@ -182,12 +195,14 @@ def _seed(run: Report) -> Any:
     return run.settings.get("seed", run.model.get("seed"))
 
 
-def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]]) -> str:
+def _markdown(sections: Sequence[Section], figures: Mapping[str, Sequence[str]]) -> str:
     parts = [
         "# Results",
         "Written by `cim evaluate report`; every row names the command that measured it. Scores are in %, "
         "other numbers as they were found.",
     ]
+    if len(sections) > 1:
+        parts += ["## Overview", "Of each table below the score that stands for all.", _overview(sections)]
     made: dict[str, int] = {}
     for section in sections:
         parts += [f"## {section.protocol}", _data(section), _table(section)]
@@ -198,6 +213,26 @@ def _markdown(sections: Iterable[Section], figures: Mapping[str, Sequence[str]])
             made[line] = made.get(line, 0) + 1
     parts += ["## Made with", "\n".join(f"- {line}: {count} results" for line, count in sorted(made.items()))]
     return "\n\n".join(parts) + "\n"
+
+
+def _overview(sections: Sequence[Section]) -> str:
+    """A row for each model, in the order of what it saw, and a column for each table; other settings behind a slash."""
+    heading, columns = ["model", *COST.values()], []
+    seen: dict[tuple[str, ...], float] = {}
+    for section in sections:
+        column: dict[tuple[str, ...], list[str]] = {}
+        for row in section.rows:
+            if score := row.cells.get(section.headline or ""):
+                model = (row.name, *map(row.cost, COST))
+                column.setdefault(model, []).append(score)
+                seen[model] = -1 if row.runs[0].model.get("random_init") else row.runs[0].model.get("images_seen", inf)
+        if column:
+            data = [str(split.get("path", "?")) for split in section.first.data.values()]
+            heading.append(f"{section.protocol}: {section.headline}, {data[-1]}")
+            columns.append(column)
+    models = sorted(seen, key=lambda model: (seen[model], model))
+    rows = [[*model, *(" / ".join(column.get(model, ())) for column in columns)] for model in models]
+    return _lines([heading, *rows])
 
 
 def _data(section: Section) -> str:
@@ -239,6 +274,10 @@ def _table(section: Section) -> str:
                 f"`{row.runs[0].command}`",
             ]
         )
+    return _lines(table)
+
+
+def _lines(table: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 

@@ -116,9 +116,39 @@ def test_what_may_not_be_compared_has_its_own_table(tmp_path):
     other.save(tmp_path / "c.json")
     (tmp_path / "config.json").write_text('{"no": "report"}')
     markdown = report((tmp_path,)).markdown
-    assert re.findall("^## (.*)", markdown, re.M) == ["knn-1", "knn-1", "knn-2", "Made with"]
+    assert re.findall("^## (.*)", markdown, re.M) == ["Overview", "knn-1", "knn-1", "knn-2", "Made with"]
     assert "- val: `val`, 1,000 images of 10 classes, sha256 `other`" in markdown
     assert "- measured: top-1; guessing reaches 10.00" in markdown
+
+
+def test_the_overview_has_what_stands_for_all_of_each_table(tmp_path):
+    """Random weights first, then by images seen; what several tables measured of one model is one row."""
+    trained = {"model": "long", "images_seen": 900, "minutes": 2.5}
+    measured = {
+        "knn": [({"k=10": 0.2, "k=20": 0.3}, 0.3, {"model": "short", "images_seen": 20}, {}),
+                ({"k=10": 0.5, "k=20": 0.6}, 0.6, trained, {}), ({"k=10": 0.1, "k=20": 0.2}, 0.2, trained, {"pool": 1}),
+                ({"k=5": 0.1}, None, {"model": "few"}, {})],
+        "tuned": [({"top-1": 0.7, "top-5": 0.9}, 0.7, trained, {}),
+                  ({"top-1": 0.4, "top-5": 0.5}, 0.4, {"random_init": True}, {"from_scratch": True}),
+                  ({"top-1": 0.8}, 0.8, {"model": "theirs"}, {})],
+    }  # fmt: skip
+    for protocol, rows in measured.items():
+        for number, (scores, headline, model, settings) in enumerate(rows):
+            made = result(0, scores, model, settings, headline=headline, protocol=protocol)
+            made.save(tmp_path / f"{protocol}{number}.json")
+    markdown = report((tmp_path,)).markdown
+    assert table(markdown.partition("## Overview")[2].partition("\n## ")[0]) == [
+        {"model": name, "images seen": seen, "minutes": minutes, "knn: k=20, val": knn, "tuned: top-1, val": tuned}
+        for name, seen, minutes, knn, tuned in [
+            ("m, from scratch", "", "", "", "40.00"),
+            ("short", "20", "", "30.00", ""),
+            ("long", "900", "2.5", "60.00 / 20.00", "70.00"),
+            ("theirs", "", "", "", "80.00"),
+        ]
+    ]
+    for path in tmp_path.glob("knn*"):
+        path.unlink()
+    assert "## Overview" not in report((tmp_path,)).markdown
 
 
 def test_the_document_does_not_depend_on_names_of_files(tmp_path):
