@@ -8,6 +8,9 @@ from statistics import mean, stdev
 from cim_models.errors import ConfigError
 from cim_models.files import replacing
 
+STYLES = ("-", "--", "-.", ":")
+"""Of ten lines each, whose colours differ."""
+
 
 @dataclass
 class Curve:
@@ -42,12 +45,13 @@ def draw_curves(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("plots need matplotlib: pip install 'cim-models[demo]'") from error
-    figure = Figure(figsize=(6.4, 4.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0 + 0.16 * len(curves)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for curve in curves:
+    for number, curve in enumerate(curves):
         xs = sorted(curve.points)
         means = [100 * mean(curve.points[x]) for x in xs]
-        (line,) = axes.plot(xs, means, marker="o", markersize=3, label=curve.name)
+        style = STYLES[number // 10 % len(STYLES)]
+        (line,) = axes.plot(xs, means, style, color=f"C{number % 10}", marker="o", markersize=3, label=curve.name)
         spread = [100 * stdev(curve.points[x]) if len(curve.points[x]) > 1 else 0.0 for x in xs]
         if any(spread):
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
@@ -56,6 +60,6 @@ def draw_curves(
         axes.axhline(100 * chance, linestyle=":", color="grey", linewidth=1, label="chance")
     axes.set(title=title, xlabel=x_label, ylabel=f"{y_label}, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8)
     with replacing(path) as file:
         figure.savefig(file, format="png", metadata={"Software": None})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from cim_models.errors import ConfigError, DataError
@@ -223,6 +224,19 @@ def test_a_line_of_pretraining_is_one_model_from_its_random_weights_on(tmp_path,
     assert {curve.name: curve.points for curve in by_minutes} == {
         "ours": {0: [0.1, 0.12], 5.0: [0.3], 10.0: [0.4]}, "theirs": {0: [0.1, 0.12], 10.0: [0.2]},
     }  # fmt: skip
+
+
+def test_more_lines_than_there_are_colours(tmp_path, monkeypatch):
+    """None looks like another, and the names of all lie beside what is drawn."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: drawn.append(figure) or file.write_bytes(b""))
+    draw_curves([Curve(f"run {n}", {0: [0.1], 1: [n / 30]}) for n in range(25)], tmp_path / "a.png", "t", "x", "y")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 25
+    assert [text.get_text() for text in legend.texts] == [f"run {n}" for n in range(25)]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent()) and axes.get_window_extent().height > 300
 
 
 def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
