@@ -220,15 +220,15 @@ def _overview(sections: Sequence[Section]) -> str:
     heading, columns = ["model", *COST.values()], []
     seen: dict[tuple[str, ...], float] = {}
     for section in sections:
-        column: dict[tuple[str, ...], list[str]] = {}
+        headline, column = section.headline, dict[tuple[str, ...], list[str]]()
         for row in section.rows:
-            if score := row.cells.get(section.headline or ""):
+            if score := row.cells.get(headline or ""):
                 model = (row.name, *map(row.cost, COST))
                 column.setdefault(model, []).append(score)
                 seen[model] = -1 if row.runs[0].model.get("random_init") else row.runs[0].model.get("images_seen", inf)
         if column:
             data = [str(split.get("path", "?")) for split in section.first.data.values()]
-            heading.append(f"{section.protocol}: {section.headline}, {data[-1]}")
+            heading.append(f"{section.protocol}: {headline}, {data[-1]}")
             columns.append(column)
     models = sorted(seen, key=lambda model: (seen[model], model))
     rows = [[*model, *(" / ".join(column.get(model, ())) for column in columns)] for model in models]

@@ -44,9 +44,8 @@ class SavePoints:
         self.before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if (
-            self.received == number == signal.SIGINT and self.processes.count == 1
-        ):  # launchers send it twice; a person means it
+        again = self.received == number == signal.SIGINT
+        if again and self.processes.count == 1:  # launchers send it twice; a person means it
             raise KeyboardInterrupt
         self.received = number
 

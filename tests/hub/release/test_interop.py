@@ -131,7 +131,7 @@ def test_stock_timm(making, names, tmp_path, hub):
     assert not hub.requests(r"\.bin"), "there is one file of weights, and timm looks for no other"
 
 
-def test_transformers(making, names, tmp_path):
+def test_transformers(making, names, tmp_path, hub):
     pytest.importorskip("transformers", reason="needs transformers")
     output = outputs(making, TRANSFORMERS, names, tmp_path)
     picture = Image.open(tmp_path / "picture.png")
@@ -145,6 +145,9 @@ def test_transformers(making, names, tmp_path):
         torch.testing.assert_close(output[f"{name} logits"], saved(making.images()), rtol=0, atol=1e-6)
         if model.num_classes:
             torch.testing.assert_close(output[f"{name} logits"], model(making.images()), rtol=0, atol=1e-6)
+    commit = hub.add("org/saved", {path.name: path.read_bytes() for path in (tmp_path / "saved" / "0").iterdir()})
+    pushed = create_model(f"hf-hub:org/saved@{commit}").eval()
+    torch.testing.assert_close(output[f"{next(iter(names))} logits"], pushed(making.images()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # in the Hub's client's own upload
