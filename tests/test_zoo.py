@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cim_models import backbones
 from cim_models.errors import ConfigError
@@ -23,6 +24,7 @@ from cim_models.evaluation.splits import read_split
 from cim_models.hub.load import create_model
 from cim_models.hub.manifest import load_manifest
 from cim_models.hub.provenance import seen_by
+from cim_models.hub.release import release
 from cim_models.pretraining.config import from_dict, load_recipe
 from cim_models.pretraining.readers import open_records
 
@@ -249,3 +251,10 @@ def test_a_rival_costs_what_a_run_costs(runs, pictures, tmp_path):
             start, end = backbones.build("cim_vit_tiny", img_size=64), create_model(out / f"{encoder}.safetensors")
             assert not end.blocks[-1].mlp.fc2.weight.equal(start.blocks[-1].mlp.fc2.weight)
             torch.testing.assert_close(end.pos_embed, start.pos_embed, atol=1e-5, rtol=0)
+
+    made = release(tmp_path / "one", id="cim_vit_tiny.one", root=tmp_path / "root")
+    rivals.rival("mae", made, tmp_path / "again", data=pictures)
+    first, again = (load_file(tmp_path / name / "online.safetensors") for name in ("mae", "again"))
+    assert all(again[name].equal(tensor) for name, tensor in first.items())
+    with pytest.raises(ConfigError, match="does not name its images; give them with --data"):
+        rivals.rival("mae", made, tmp_path / "none")

@@ -2,6 +2,7 @@
 
     python benchmarks/zoo/rivals.py mae runs/models/small --out runs/rivals/mae-images
     python benchmarks/zoo/rivals.py mae runs/models/small --out runs/rivals/mae-minutes --match minutes
+    python benchmarks/zoo/rivals.py mae weights/cim_vit_small.tin200_6min --data TRAIN --out runs/rivals/mae-images
 
 As many images as the run saw in all its parts, or as it sees in as many minutes as they trained. What makes the methods
 is lightly's (`pip install --no-deps lightly==1.6.0`): heads, decoder, masking, losses; the settings are the papers'
@@ -37,7 +38,8 @@ from tqdm import tqdm
 from cim_models import backbones
 from cim_models.errors import CheckpointError, CimModelsError, ConfigError
 from cim_models.files import replacing
-from cim_models.hub.provenance import seen_by
+from cim_models.hub.card import RECIPE
+from cim_models.hub.provenance import CONFIG, seen_by
 from cim_models.precision import autocast
 from cim_models.pretext import exemplars
 from cim_models.pretext.colour import ColourConfig, recolour
@@ -176,22 +178,32 @@ class DINO(Method):
 METHODS: dict[str, type[Method]] = {"mae": MAE, "dino": DINO}
 
 
-def rival(method: str, run: Path, out: Path, match: str = "images", lr: float | None = None) -> None:
+def rival(
+    method: str, run: Path, out: Path, match: str = "images", lr: float | None = None, data: Path | None = None
+) -> None:
     """Trains a rival of a run, or goes on with it.
 
     Args:
         method: One of `METHODS`.
-        run: Run directory.
+        run: Run directory, or the release folder that was made of it.
         out: Of the rival.
         match: `images` or `minutes` of the run and of those that it started from.
         lr: Peak learning rate per 256 images, in place of the paper's.
+        data: The images that the run saw, where it does not name them, as a release does not.
 
     Raises:
-        ConfigError: If the run is not one of a vision transformer, or the loss stops being finite.
+        ConfigError: If the run is not one of a vision transformer, its images or its cost are not known, or the loss
+            stops being finite.
     """
-    kind, like, cost = METHODS[method], load_recipe(run / "config.yaml"), seen_by(run / "online.safetensors")
+    kind, like = METHODS[method], load_recipe(run / (CONFIG if (run / CONFIG).is_file() else RECIPE))
+    cost = seen_by(run / "online.safetensors")
+    like.data.path = str(data or like.data.path)
     if not like.model.startswith("cim_vit"):
         raise ConfigError(f"{method} is one of vision transformers here, and {run} is of {like.model}")
+    if not like.data.path:
+        raise ConfigError(f"{run} does not name its images; give them with --data")
+    if not cost:
+        raise ConfigError(f"{run}: how many images it saw is not known, nor in how many minutes")
     pictures = read_pictures(like, kind.count)
     lr = (lr or kind.lr) * like.optimiser.batch_size / 256
     steps = round(cost["images_seen"] / like.optimiser.batch_size)
@@ -289,14 +301,15 @@ def main() -> int:
     """Trains what the command line names; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("run", type=Path, help="run directory whose cost is matched")
+    parser.add_argument("run", type=Path, help="run directory, or release folder, whose cost is matched")
     parser.add_argument("--out", type=Path, required=True, help="the rival's directory")
     parser.add_argument("--match", choices=["images", "minutes"], default="images")
     parser.add_argument("--lr", type=float, help="peak learning rate per 256 images, in place of the paper's")
+    parser.add_argument("--data", type=Path, help="the run's images, which a release does not name")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        rival(options.method, options.run, options.out, options.match, options.lr)
+        rival(options.method, options.run, options.out, options.match, options.lr, options.data)
     except CimModelsError as error:
         print(error, file=sys.stderr)
         return 1
