@@ -1,7 +1,6 @@
 """A release folder: tensors, config.json, card and other texts; whole, or not there."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from cim_models.backbones.vit import VITS
 from cim_models.errors import ConfigError
 from cim_models.hub.access import alone
 from cim_models.hub.card import render_card
+from cim_models.hub.digest import sha256
 from cim_models.hub.entry import Entry, Golden, Part, Preprocessing, WeightFile, key_digest, read_entry, to_dict
 from cim_models.hub.load import create_model, create_pretext
 from cim_models.hub.pretrained_cfg import pretrained_cfg
@@ -67,9 +67,8 @@ def write_folder(
     files, shapes = [], {}
     for part, values in tensors.items():
         for path in _save(_cast(values, entry), folder, NAMES[part]):
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
             kind: Part = "index" if path.suffix == ".json" else part
-            files.append(WeightFile(f"weights/{entry.id}/{path.name}", kind, path.stat().st_size, digest))
+            files.append(WeightFile(f"weights/{entry.id}/{path.name}", kind, path.stat().st_size, sha256(path)))
         shapes[part] = {key: tuple(value.shape) for key, value in values.items()}
     main = shapes.get("backbone") or shapes["pretext"]
     entry = dataclasses.replace(entry, files=tuple(files), tensors=len(main), key_digest=key_digest(main))

@@ -7,7 +7,6 @@ Hub already is found there.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import tempfile
@@ -18,15 +17,18 @@ from typing import Any
 from cim_models.errors import CimModelsError, ConfigError, WeightsError
 from cim_models.hub.access import Access, alone
 from cim_models.hub.card import update_readme
+from cim_models.hub.digest import sha256
 from cim_models.hub.download import Downloads
 from cim_models.hub.entry import Entry, WeightFile, read_entry
 from cim_models.hub.integrity import check_file
 from cim_models.hub.manifest import NAME, Manifest, load_manifest, read_json, write_manifest
-from cim_models.hub.remote import Source, digest_is
+from cim_models.hub.remote import Source, digest_is, small_text
 from cim_models.hub.waiting import IDLE, STEP, Patience, explain, persist
 
 OF_A_RELEASE = r".*\.safetensors(\.index\.json)?|recipe(-\d+)?\.yaml|log(-\d+)?\.jsonl"
 """Names of files that a later release in the same repository does not keep: its own are others, or it has none."""
+ACCESS = Access(token=True)
+"""As whoever is logged in."""
 ANSWER = 60.0
 """Seconds that an upload waits for an answer to what it has sent: a commit takes the Hub a while."""
 
@@ -67,25 +69,18 @@ def publish(
         raise ConfigError(f"there is no release {id!r}: `cim list` shows what there is, `cim release` makes one")
     entry = manifest.entries[id]
     with tempfile.TemporaryDirectory() as temporary:
-        return _publish(manifest, entry, repo, private, dry_run, _files(manifest, entry, repo, Path(temporary)))
-
-
-def _publish(
-    manifest: Manifest, entry: Entry, repo: str, private: bool, dry_run: bool, files: Mapping[str, Path]
-) -> str:
-    """Publishes files by name."""
-    listing = [f"  {name}  {path.stat().st_size / 1e6:.2f} MB" for name, path in files.items()]
-    if dry_run:
-        return "\n".join(
-            [f"{entry.id} would become one commit of {repo}, tagged {entry.tag}:", *listing, "Nothing was sent."]
-        )
-    with _errors(f"{entry.id} to {repo}"):
-        commit = _upload(entry, repo, private, files)
-        _verify(repo, commit, files)
-        _tag(repo, entry.tag, commit)
+        files = _files(manifest, entry, repo, Path(temporary))
+        listing = [f"  {name}  {path.stat().st_size / 1e6:.2f} MB" for name, path in files.items()]
+        if dry_run:
+            said = f"{id} would become one commit of {repo}, tagged {entry.tag}:"
+            return "\n".join([said, *listing, "Nothing was sent."])
+        with _errors(f"{id} to {repo}"):
+            commit = _upload(entry, repo, private, files)
+            _verify(repo, commit, files)
+            _tag(repo, entry.tag, commit)
     with alone(manifest.root / NAME):
         _record(manifest.root, entry, f"hf-hub:{repo}@{commit}")
-    return "\n".join([f"{entry.id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
+    return "\n".join([f"{id} is commit {commit} of {repo}, tagged {entry.tag}:", *listing])
 
 
 def _files(manifest: Manifest, entry: Entry, repo: str, temporary: Path) -> dict[str, Path]:
@@ -160,13 +155,9 @@ def _differing(info: Any, files: Mapping[str, Path]) -> list[str]:
 
 def _refuse_foreign(repo: str, commit: str, entry: Entry) -> None:
     """A repository holds releases of one architecture, each behind its tag: anything else is not written over."""
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    source = Source(f"hf-hub:{repo}@{commit}", _access())
-    reply = get_session().get(source.url("config.json"), headers=source.headers(), timeout=ANSWER)
-    hf_raise_for_status(reply)
+    content = small_text(Source(f"hf-hub:{repo}@{commit}", ACCESS), "config.json", Patience())
     try:
-        config = json.loads(reply.content)
+        config = json.loads(content)
         held = config.get("cim_models", {}).get("architecture") or config.get("architecture")
     except (ValueError, AttributeError):
         held = None
@@ -179,11 +170,10 @@ def _refuse_foreign(repo: str, commit: str, entry: Entry) -> None:
 def _verify(repo: str, commit: str, files: Mapping[str, Path]) -> None:
     """Downloads every file of the commit and compares it with what was sent."""
     with tempfile.TemporaryDirectory() as folder:
-        downloads = Downloads([f"hf-hub:{repo}@{commit}"], dataclasses.replace(_access(), cache_dir=folder))
+        downloads = Downloads([f"hf-hub:{repo}@{commit}"], dataclasses.replace(ACCESS, cache_dir=folder))
         downloads.cache.folders = (Path(folder),)
         for name, path in files.items():
-            content = path.read_bytes()
-            file = WeightFile(name, "backbone", len(content), hashlib.sha256(content).hexdigest())
+            file = WeightFile(name, "backbone", path.stat().st_size, sha256(path))
             downloads.obtain([file])[file].unlink()
 
 
@@ -211,14 +201,10 @@ def _record(root: Path, entry: Entry, source: str) -> None:
     update_readme(manifest)
 
 
-def _access() -> Access:
-    return Access(token=True)
-
-
 def _api() -> Any:
     from huggingface_hub import HfApi
 
-    return HfApi(_access().hub, token=True, library_name="cim_models")
+    return HfApi(ACCESS.hub, token=True, library_name="cim_models")
 
 
 @contextlib.contextmanager
