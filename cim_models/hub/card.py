@@ -23,6 +23,8 @@ NOT_STATED = "not stated"
 """Of a text that nobody gave."""
 RANDOM = "random"
 """What follows the dot in the name of a metric of the untrained backbone, as `online` and `target` do of encoders."""
+MEAN = "; mean of "
+"""What follows the data of a metric, with a number, if several measurements were made."""
 
 
 def render_card(entry: Entry, folder: Path) -> str:
@@ -188,14 +190,13 @@ def _which_encoder(entry: Entry) -> str:
         return ""
     other = "online" if entry.encoder == "target" else "target"
     said = f"The backbone is the **{entry.encoder}** encoder."
-    values = {metric.name: metric for metric in entry.metrics}
-    for name, mine in values.items():
-        base, _, whose = name.rpartition(".")
-        others = {f"the {other} encoder": f"{base}.{other}", "random weights": f"{base}.{RANDOM}"}
-        beside = {what: values[key] for what, key in others.items() if key in values}
-        if whose == entry.encoder and any(shown(metric) != shown(mine) for metric in beside.values()):
-            compared = " and ".join(f"{shown(metric)} for {what}" for what, metric in beside.items())
-            said += f" {base} on {mine.data}: {shown(mine)}, against {compared}."
+    for mine in (metric for metric in entry.metrics if metric.name.endswith(f".{entry.encoder}")):
+        others = {f"the {other} encoder": _beside(entry, mine, other), "random weights": _beside(entry, mine, RANDOM)}
+        values = {what: shown(metric) for what, metric in others.items() if metric}
+        if any(value != shown(mine) for value in values.values()):
+            compared = " and ".join(f"{value} for {what}" for what, value in values.items())
+            name = mine.name.removesuffix(f".{entry.encoder}")
+            said += f" {name} on {mine.data}: {shown(mine)}, against {compared}."
     if entry.kind == "backbone" and "pretext" in entry.parts:
         said += " It serves both sides of `locate`."
     return said
@@ -226,9 +227,15 @@ def _headline(entry: Entry) -> str:
     mine = mine or next((metric for metric in entry.metrics if not metric.name.endswith(others)), None)
     if mine is None:
         return "nothing"
-    base = mine.name.rpartition(".")[0]
-    random = next((shown(metric) for metric in entry.metrics if metric.name == f"{base}.{RANDOM}"), None)
-    return f"{base or mine.name} {shown(mine)}{f' (random weights {random})' if random else ''}, {mine.data}"
+    random = _beside(entry, mine, RANDOM)
+    name = mine.name.removesuffix(f".{entry.encoder}")
+    return f"{name} {shown(mine)}{f' (random weights {shown(random)})' if random else ''}, {mine.data}"
+
+
+def _beside(entry: Entry, metric: Metric, whose: str) -> Metric | None:
+    """The same number of another encoder or of random weights, on the same data, whatever it is a mean of."""
+    name, data = f"{metric.name.rpartition('.')[0]}.{whose}", metric.data.partition(MEAN)[0]
+    return next((other for other in entry.metrics if (other.name, other.data.partition(MEAN)[0]) == (name, data)), None)
 
 
 def _list(values: dict[str, str]) -> str:

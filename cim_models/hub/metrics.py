@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from cim_models.errors import ConfigError
-from cim_models.hub.card import RANDOM
+from cim_models.hub.card import MEAN, RANDOM
 from cim_models.hub.entry import Metric
 from cim_models.hub.manifest import read_json
 
@@ -68,4 +68,4 @@ def _mean(metrics: list[Metric]) -> Metric:
     first = metrics[0]
     if len(metrics) == 1:
         return first
-    return replace(first, value=mean(metric.value for metric in metrics), data=f"{first.data}; mean of {len(metrics)}")
+    return replace(first, value=mean(metric.value for metric in metrics), data=f"{first.data}{MEAN}{len(metrics)}")

@@ -118,6 +118,22 @@ def test_readme_has_the_table_of_the_manifest(run, root):
         card.readme_with_table("# no table", load_manifest(root))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_numbers_are_compared_on_the_same_data(run, root, order):
+    """Whichever came first, and however many seeds each is a mean of."""
+    values = {("online", "A; mean of 3"): 0.2, ("random", "A"): 0.03, ("online", "B"): 0.6, ("random", "B"): 0.5}
+    listed = [
+        {"name": f"knn_top1.{whose}", "value": value, "data": data, "command": "cim evaluate knn"}
+        for (whose, data), value in values.items()
+    ]
+    (run / "metrics.json").write_text(json.dumps(listed[::order]))
+    made = module.release(run, id="cim_vit_tiny.t1", root=root, metrics=(run / "metrics.json",), **TEXTS)
+    text = (made / "README.md").read_text()
+    assert "on A; mean of 3: 20.0%, against 3.0% for random" in text and "on B: 60.0%, against 50.0% for random" in text
+    table = {1: "20.0% (random weights 3.0%), A; mean of 3 |", -1: "60.0% (random weights 50.0%), B |"}[order]
+    assert table in (root / "README.md").read_text()
+
+
 @pytest.mark.parametrize("whose", ["target", "random"])
 def test_a_number_of_another_encoder_is_not_in_the_table(run, root, whose):
     metric = {"name": f"knn_top1.{whose}", "value": 0.5, "data": "Tiny val", "command": "cim evaluate knn"}
