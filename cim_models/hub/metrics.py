@@ -8,7 +8,7 @@ from typing import Any
 
 from cim_models.errors import ConfigError
 from cim_models.hub.card import MEAN, RANDOM
-from cim_models.hub.entry import Metric
+from cim_models.hub.entry import Metric, read
 from cim_models.hub.manifest import read_json
 
 FORM = '[{"name": …, "value": …, "data": …, "command": …}, …]'
@@ -30,8 +30,9 @@ def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
     for path in paths:
         content = read_json(path)
         try:
-            metrics = _of_report(content) if isinstance(content, dict) else [Metric(**metric) for metric in content]
-        except (AttributeError, KeyError, TypeError) as error:
+            listed = _of_report(content) if isinstance(content, dict) else content
+            metrics: tuple[Metric, ...] = read(tuple[Metric, ...], listed, "metrics")
+        except (AttributeError, ConfigError, KeyError, TypeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else error
             raise ConfigError(f"{path} is neither a result of `cim evaluate` nor metrics {FORM}: {reason}") from error
         for metric in metrics:
@@ -39,14 +40,14 @@ def read_metrics(paths: Iterable[Path]) -> tuple[Metric, ...]:
     return tuple(_mean(metrics) for metrics in found.values())
 
 
-def _of_report(report: dict[str, Any]) -> list[Metric]:
+def _of_report(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The headline of a measurement, and the other numbers that it found."""
     result, protocol = report["result"], report["protocol"].partition("-")[0]
     values = {result["metric"].lower().replace("-", ""): result["headline"]}
     values |= {name: x for name, x in result.items() if isinstance(x, float) and name not in NOT_FOUND}
     whose, data = _whose(report["model"]), "; ".join(map(_split, report["data"].values()))
     return [
-        Metric(f"{protocol}_{name}{whose}", value, data, report["command"])
+        {"name": f"{protocol}_{name}{whose}", "value": value, "data": data, "command": report["command"]}
         for name, value in values.items()
         if value is not None
     ]

@@ -70,7 +70,21 @@ def test_a_list_of_metrics(tmp_path):
     assert read_metrics([tmp_path / "m.json"]) == (Metric("a", 1.0, "b", "c"),)
 
 
-@pytest.mark.parametrize("content", [3, [3], [{"name": "a"}], {"protocol": "knn-1"}, {"protocol": 1, "result": {}}])
+LISTED = {"name": "a", "value": 1.0, "data": "b", "command": "c"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        3,
+        [3],
+        [{"name": "a"}],
+        [LISTED | {"value": "1.0"}] * 2,
+        [LISTED | {"name": ["a"]}],
+        {"protocol": "knn-1"},
+        {"protocol": 1, "result": {}},
+    ],
+)
 def test_files_of_another_kind(tmp_path, content):
     (tmp_path / "m.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="m.json is neither a result of `cim evaluate` nor metrics"):
