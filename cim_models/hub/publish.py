@@ -213,8 +213,17 @@ def _errors(what: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session, httpx
 
-    session = get_session()
-    before, session.timeout = session.timeout, httpx.Timeout(ANSWER, connect=STEP, write=IDLE)
+    session, asked = get_session(), set()
+    timeout, hooks = session.timeout, session.event_hooks
+
+    def hasten(request: Any) -> None:
+        """The client asks up to six times; whoever has been silent once gets less time to answer."""
+        if request.method in ("POST", "PUT") and request.url in asked:
+            request.extensions["timeout"]["read"] = STEP
+        asked.add(request.url)
+
+    session.timeout = httpx.Timeout(ANSWER, connect=STEP, write=IDLE)
+    session.event_hooks = hooks | {"request": [*hooks["request"], hasten]}
     again = "nothing is recorded; run the command again"
     try:
         yield
@@ -228,4 +237,4 @@ def _errors(what: str) -> Iterator[None]:
         cause = f": {error.__cause__}" if error.__cause__ else ""
         raise WeightsError(f"{what}: {str(error) or type(error).__name__}{cause}; {again}") from error
     finally:
-        session.timeout = before
+        session.timeout, session.event_hooks = timeout, hooks

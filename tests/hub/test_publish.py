@@ -181,6 +181,17 @@ def test_no_request_waits_for_ever(hub, root):
     assert get_session().timeout == before
 
 
+def test_whoever_was_silent_is_not_waited_for_as_long_again(hub, root, monkeypatch):
+    """The client asks up to six times: a minute for each would be six."""
+    seen = []
+    monkeypatch.setattr(get_session(), "event_hooks", {"request": [seen.append]})
+    before = get_session().event_hooks
+    hub.fault("PUT", lost=True)
+    publish(ID, repo="org/name", root=root)
+    waits = [request.extensions["timeout"]["read"] for request in seen if request.method == "PUT"]
+    assert sorted(waits) == [8, 60, 60] and get_session().event_hooks == before
+
+
 def test_a_commit_of_somebody_else_is_not_lost(hub, root):
     """Made between the look at the head and our commit."""
     publish(ID, repo="org/name", root=root)
