@@ -230,8 +230,8 @@ def _errors(what: str) -> Iterator[None]:
     except CimModelsError as error:
         raise type(error)(f"{what}: {error}; {again}") from error
     except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else 0
-        said = "somebody else has made a commit meanwhile" if code == 412 else explain(error)
+        moved = error.response.status_code == 412
+        said = "somebody else has made a commit meanwhile" if moved else explain(error)
         raise WeightsError(f"{what}: {said}; {again}") from error
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         cause = f": {error.__cause__}" if error.__cause__ else ""

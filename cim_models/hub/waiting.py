@@ -111,7 +111,7 @@ def persist(what: str, call: Callable[[float], Result], patience: Patience, effe
         except OfflineModeIsEnabled as error:
             raise Unreachable(f"{what}: HF_HUB_OFFLINE is set") from error
         except HfHubHTTPError as error:
-            code = error.response.status_code if error.response is not None else 0
+            code = error.response.status_code
             if code != 429 and code < 500:
                 raise (Missing if code == 404 else WeightsError)(f"{what}: {explain(error)}") from error
             trouble, said = error, f"the server answers {code}"
@@ -143,7 +143,7 @@ def explain(error: Any) -> str:
         RevisionNotFoundError,
     )
 
-    code = error.response.status_code if error.response is not None else 0
+    code = error.response.status_code
     if isinstance(error, GatedRepoError):
         return f"access is gated ({code}): accept the terms on the repository's page, then give token=True or a token"
     if isinstance(error, RepositoryNotFoundError):
@@ -152,7 +152,7 @@ def explain(error: Any) -> str:
         return f"there is no such revision ({code}): give a branch, a tag or a commit of 40 digits that exists"
     if isinstance(error, EntryNotFoundError):
         return f"there is no such file ({code})"
-    said = getattr(error, "server_message", None) or "without a reason"
+    said = error.server_message or "without a reason"
     if code == 401:
         return f"refused (401, {said}): check the token, or leave it out for public weights"
     return f"refused ({code}, {said}): check the name and HF_ENDPOINT, or give token=True or a token"
