@@ -51,13 +51,9 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     return entrypoint
 
 
-def _register(name: str) -> None:
-    with warnings.catch_warnings():
-        if is_model(name) and model_entrypoint(name).__module__ == __name__:
-            warnings.simplefilter("ignore")  # this module is being reloaded
-        register_model(_entrypoint(name))
-
-
 default_cfgs = {name: _default_cfg(name, manifest) for manifest in [load_manifest()] for name in ARCHITECTURES}
 for _name in ARCHITECTURES:
-    _register(_name)
+    with warnings.catch_warnings():
+        if is_model(_name) and model_entrypoint(_name).__module__ == __name__:
+            warnings.simplefilter("ignore")  # this module is being reloaded
+        register_model(_entrypoint(_name))

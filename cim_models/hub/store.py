@@ -86,7 +86,8 @@ def released_files(entry: Entry, root: Path, access: Access | None = None) -> di
     paths = {file: path for file, (path, _) in found.items() if path is not None}
     missing = [file for file in entry.files if file not in paths]
     complaints = "; ".join(complaint for file in missing for complaint in found[file][1])
-    sources = [*([f"{place}/weights/{entry.id}"] if isinstance(place, str) else []), *remote(entry)]
+    sources = [f"{place}/weights/{entry.id}"] if isinstance(place, str) else []
+    sources += [source for source in entry.sources if source != "repository"]
     if missing and sources:
         from cim_models.hub.download import Downloads
 
@@ -102,11 +103,6 @@ def released_files(entry: Entry, root: Path, access: Access | None = None) -> di
         for complaint in wrong:
             logger.warning("%s; used %s", complaint, paths[file])
     return by_part(entry, paths)
-
-
-def remote(entry: Entry) -> list[str]:
-    """The sources of an entry that are on the network."""
-    return [source for source in entry.sources if source != "repository"]
 
 
 def _places(entry: Entry, file: WeightFile, root: Path, mirror: Path | None) -> list[Path]:
