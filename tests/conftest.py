@@ -1,11 +1,11 @@
-"""What every test may ask for: the shared material beside the checkout, photographs made on the spot, full disks."""
+"""What every test may ask for: the shared material beside the checkout, photographs made on the spot, limits."""
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +120,13 @@ def small_files() -> Callable[[], contextlib.AbstractContextManager[None]]:
             signal.signal(signal.SIGXFSZ, handler)
 
     return limit
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """No more than 40 files may be opened beside those that are; many systems allow 1,024 in all."""
+    resource = pytest.importorskip("resource", reason="needs limits on open files, which only Unix has")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -165,7 +165,7 @@ def _features(
             if broken.any():
                 image = images[int(indices[broken][0])]
                 raise DataError(f"{image}: the encoder's features of this image are not finite; check the weights")
-        yield Features(features, indices, unreadable)
+        yield Features(features, indices.clone(), unreadable)  # what a reader sent keeps a file open
 
 
 def extract_all(model: nn.Module, images: Sequence[Picture], *args: Any, **options: Any) -> Features:

@@ -283,12 +283,13 @@ def batch_of(pictures: Pictures, batches: GlobalBatches, step: int) -> dict[str,
 
 
 def in_order(pictures: Pictures, workers: int) -> Iterator[dict[str, Any]]:
-    """Samples of epoch 0, one by one, in the order of the pictures."""
+    """Samples of epoch 0, one by one, in the order of the pictures; any number of them can be kept."""
     keys: Any = [(0, index) for index in range(len(pictures))]
-    yield from _Loader(
+    for sample in _Loader(
         pictures, sampler=keys, batch_size=None, num_workers=workers, worker_init_fn=start_worker,
         generator=torch.Generator(),
-    )  # fmt: skip
+    ):  # fmt: skip
+        yield copy.deepcopy(sample)  # what a reader sent keeps a file open, of which many systems allow 1,024
 
 
 def start_worker(worker: int) -> None:

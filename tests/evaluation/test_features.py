@@ -123,6 +123,11 @@ def test_extract_leaves_the_model_and_the_random_numbers_as_they_were(photograph
     vit.eval()
 
 
+def test_any_number_of_batches_comes_from_readers(photographs, vit, transform, few_files):
+    paths = find_images(photographs(3, 80)) * 30
+    assert extract_all(vit, paths, transform=transform, batch_size=1, workers=1).indices.tolist() == list(range(90))
+
+
 def test_half_precision(photographs, vit, transform):
     paths = find_images(photographs(5, 80))
     full = extract_all(vit, paths, transform=transform, workers=0).features

@@ -9,7 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 from cim_models.errors import ConfigError, DataError
 from cim_models.images import find_images
 from cim_models.pretraining.data import GlobalBatches, Pictures, Unreadable, generator, in_order, loader
-from cim_models.pretraining.readers import Files
+from cim_models.pretraining.readers import Files, Subset
 
 DRAWS = 7
 # torch warns where there are more workers than cores.
@@ -230,6 +230,14 @@ def test_none_readable(tmp_path, workers):
         with pytest.raises(DataError, match="^none readable of 2 images") as caught:
             list(stream)
         assert "Traceback" not in str(caught.value) and "empty file" in str(caught.value)
+
+
+def test_what_readers_sent_can_be_kept(folder, few_files):
+    samples = pictures(folder)
+    samples.records = Subset(samples.records, np.arange(50) % 10)
+    kept = list(in_order(samples, 1))
+    assert [sample["index"] for sample in kept] == list(range(50))
+    assert all(torch.equal(sample["source"], samples[0, i]["source"]) for i, sample in enumerate(kept))
 
 
 def test_unreadable_collects_until_there_are_too_many():
