@@ -13,6 +13,7 @@ it. `--rehearse` takes a few small steps of everything instead, on any machine.
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -121,9 +122,15 @@ def configuration(
 def stretch(config: PretrainConfig, images: int) -> None:
     """Makes a run as long as it takes to see so many images, its warm-up in proportion."""
     optimiser = config.optimiser
-    trained_on, _ = hold_out(len(open_records(config.data.path)), config.diagnostics.held_out, config.seed)
+    trained_on, _ = hold_out(images_in(config.data.path), config.diagnostics.held_out, config.seed)
     epochs = images / max(1, len(trained_on) // optimiser.batch_size * optimiser.batch_size)
     optimiser.epochs, optimiser.warmup_epochs = epochs, optimiser.warmup_epochs / optimiser.epochs * epochs
+
+
+@functools.cache
+def images_in(path: str) -> int:
+    """How many there are; to list a hundred thousand takes seconds, of which a GPU has no use."""
+    return len(open_records(path))
 
 
 def merged(*layers: dict[str, Any]) -> dict[str, Any]:
