@@ -241,7 +241,7 @@ def test_a_rival_costs_what_a_run_costs(runs, pictures, tmp_path):
     read = runs.read_table(table(tmp_path / "t.yaml", images=32, start_images=0, runs={"one": SMALL}))
     config = runs.configuration(read, "one", pictures, tmp_path, 32)
     config.backbone.img_size = 64
-    runs.run(config)
+    runs.pretrain(config)
     for method, encoders in (("mae", ["online"]), ("dino", ["online", "target"])):
         out = tmp_path / method
         rivals.rival(method, tmp_path / "one", out)

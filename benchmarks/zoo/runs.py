@@ -14,7 +14,6 @@ it. `--rehearse` takes a few small steps of everything instead, on any machine.
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import logging
 import math
@@ -157,13 +156,7 @@ def train(table: Table, name: str, data: Path, out: Path, rehearse: bool = False
         if not finished(Path(config.out)):
             print(f"# {config.out}: {part:,} images", flush=True)
             with metered(Path(config.out)):
-                run(config)
-
-
-def run(config: PretrainConfig) -> None:
-    """Pretrains, and gives back what the run held: cycles keep it on the device until they are collected."""
-    pretrain(config)
-    gc.collect()
+                pretrain(config)
 
 
 def finished(folder: Path) -> bool:
@@ -194,7 +187,7 @@ def pace(config: PretrainConfig) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config.out, config.log_every = f"{folder}/pace", PACE // 3
         stretch(config, PACE * config.optimiser.batch_size)
-        run(config)
+        pretrain(config)
         log = map(json.loads, _lines(Path(config.out) / "log.jsonl"))
         return [record["images_per_second"] for record in log if "images_per_second" in record][-1]
 
