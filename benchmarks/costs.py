@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cim_models.backbones import VisionTransformer, build
-from cim_models.pretext.model import CIM
+from cim_models.pretext.model import CIM, PretextConfig
 from cim_models.pretext.views import ViewConfig
 
 
@@ -35,16 +35,16 @@ def shapes_for(model: str) -> Shapes:
     return Shapes(168, 70) if model == "cim_vit_huge" else Shapes(ViewConfig().context_size)
 
 
-def on_meta(model: str) -> CIM:
+def on_meta(model: str, pretext: PretextConfig | None = None) -> CIM:
     """The method's model without memory for its numbers."""
     with torch.device("meta"):
-        return CIM(build(model))
+        return CIM(build(model), pretext)
 
 
-def counted_flops(model: str, shapes: Shapes | None = None) -> float:
+def counted_flops(model: str, shapes: Shapes | None = None, pretext: PretextConfig | None = None) -> float:
     """Operations per image of forward and backward pass, as torch counts them; nothing is computed."""
     size, side, count = shapes or shapes_for(model)
-    cim = on_meta(model)
+    cim = on_meta(model, pretext)
     batch = 2
     inputs = [torch.empty(batch, *shape, device="meta") for shape in ((3, size, size), (count, 3, side, side))]
     with FlopCounterMode(display=False) as counter:

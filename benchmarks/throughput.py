@@ -1,8 +1,9 @@
 """Images per second of whole runs, and the share of the device's matrix products that the model's operations are.
 
     python benchmarks/throughput.py [--device cuda] [--models …] [--batch N] [--set data.cache=none] [--profile]
+    python benchmarks/throughput.py --recipe benchmarks/zoo/recipes/whole.yaml --batch 512
 
-Each row is `cim_models.pretraining.pretrain` itself, some steps of the recipe imagenet-1k (S = 160, T = 64, K = 6) on
+Each row is `cim_models.pretraining.pretrain` itself, some steps of a recipe (imagenet-1k: S = 160, T = 64, K = 6) on
 generated pictures in the device cache; images per second and the wait for data are those of its log, the median of its
 lines but the first two. Utilisation is that of `costs.counted_flops` against the ceiling: the fastest product of two
 large bf16 matrices on the same device just before. `--set` changes any field of the configuration; `--profile` says
@@ -67,8 +68,7 @@ def configuration(
     model: str, pictures: Path, out: Path, options: argparse.Namespace, steps: int, images: int, lines: int = LINES
 ) -> PretrainConfig:
     """Of a run of so many steps and lines of the log, without diagnoses."""
-    config = load_recipe("imagenet-1k")
-    values = to_dict(config)
+    values = to_dict(load_recipe(options.recipe))
     values |= {"model": model, "out": str(out), "log_every": max(1, steps // lines), "save_minutes": None}
     values["save_every"] = steps
     values["data"] |= {"path": str(pictures), "cache": "device", "workers": options.workers}
@@ -110,6 +110,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--models", nargs="+")
+    arguments.add_argument("--recipe", default="imagenet-1k", help="name of one, or a YAML file")
     arguments.add_argument("--batch", type=int)
     arguments.add_argument("--steps", type=int)
     arguments.add_argument("--workers", type=int, default=8)
@@ -124,7 +125,8 @@ def main() -> None:
     columns = {"images/s": ".0f", "TFLOP/s": ".3g", "of ceiling": ".1%", "bar": ".0%", "data wait": ".2%"}
     columns |= {"GFLOP/image": ".1f", "peak GB": ".1f"}
     best = ceiling(device)
-    sizes = f"batch {options.batch}, {steps} steps, {' '.join(options.set) or 'recipe imagenet-1k'}, device cache"
+    settings = " ".join([f"recipe {options.recipe}", *options.set])
+    sizes = f"batch {options.batch}, {steps} steps, {settings}, device cache"
     title = "Throughput on a GPU" if device.type == "cuda" else "Throughput, rehearsed on a CPU"
     table = Table(title, columns, [f"{sizes}; ceiling {best / 1e12:.3g} TFLOP/s of bf16"], options.device)
     if device.type == "cuda":
@@ -143,7 +145,8 @@ def main() -> None:
             lines = [line for line in lines if "images_per_second" in line][2:]
             rate, wait = (statistics.median(x[key] for x in lines) for key in ("images_per_second", "data_wait"))
             exemplars = config.views.exemplars
-            flops = counted_flops(model, Shapes(config.views.context_size, exemplars.size, exemplars.count))
+            shapes = Shapes(config.views.context_size, exemplars.size, exemplars.count)
+            flops = counted_flops(model, shapes, config.pretext)
             memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
             bar = BARS.get(model) if device.type == "cuda" else None
             used = rate * flops
