@@ -94,7 +94,7 @@ class Report:
             fields = json.loads(path.read_text(encoding="utf-8"))
             report = cls(**fields)
             scores = report.result["scores"].values()
-            numbers = [share for score in scores for share in (score if isinstance(score, list) else [score])]
+            numbers = [share for score in scores for share in draws(score)]
             whole = numbers and all(isinstance(number, (int, float)) and isfinite(number) for number in numbers)
             whole = whole and isinstance(report.result["metric"], str) and set(fields) == set(asdict(report))
         except OSError as error:
@@ -120,9 +120,14 @@ class Report:
         return "\n".join(f"{name:<{names}}  {value:>{values}}" for name, value in rows)
 
 
+def draws(score: float | list[float]) -> list[float]:
+    """A score as the shares of its draws."""
+    return score if isinstance(score, list) else [score]
+
+
 def percent(score: float | list[float]) -> str:
     """A share, or several as their mean ± standard deviation, in per cent with two decimals."""
-    return with_deviation([100 * share for share in (score if isinstance(score, list) else [score])], "{:.2f}")
+    return with_deviation([100 * share for share in draws(score)], "{:.2f}")
 
 
 def with_deviation(values: Sequence[float], form: str) -> str:

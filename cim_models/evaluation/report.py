@@ -13,7 +13,7 @@ from typing import Any
 
 from cim_models.errors import DataError
 from cim_models.evaluation.curves import Curve, draw_curves
-from cim_models.evaluation.protocol import Report, percent, with_deviation
+from cim_models.evaluation.protocol import Report, draws, percent, with_deviation
 from cim_models.files import replacing
 
 KEYS = {"protocol", "model", "data", "settings", "result"}
@@ -56,7 +56,7 @@ class Row:
         numbers: dict[str, list[float]] = {}
         for run in self.runs:
             for name, score in run.result["scores"].items():
-                scores.setdefault(name, []).extend(score if isinstance(score, list) else [score])
+                scores.setdefault(name, []).extend(draws(score))
             for name, number in run.numbers.items():
                 numbers.setdefault(name, []).append(number)
         return {
@@ -79,13 +79,13 @@ class Section:
 
     @property
     def headline(self) -> str | None:
-        """The name of the score that stands for all, if one does."""
+        """The name of the score that stands for all, which is the headline of every result that has one."""
         results = [run.result for row in self.rows for run in row.runs if run.result.get("headline") is not None]
-        for result in results:
-            for name, score in result["scores"].items():
-                if isclose(mean(score if isinstance(score, list) else [score]), result["headline"]):
-                    return str(name)
-        return None
+        equal: list[list[str]] = [
+            [name for name, score in found["scores"].items() if isclose(mean(draws(score)), found["headline"])]
+            for found in results
+        ]
+        return next((name for name in equal[0] if all(name in names for names in equal)), None) if equal else None
 
     @property
     def slug(self) -> str:

@@ -152,6 +152,15 @@ def test_the_overview_has_what_stands_for_all_of_each_table(tmp_path):
     assert "## Overview" not in report((tmp_path,)).markdown
 
 
+def test_a_score_that_equals_the_headline_once_does_not_stand_for_all(tmp_path):
+    for name, scores in (("a", {"k=10": 0.2, "k=20": 0.2}), ("b", {"k=10": 0.5, "k=20": 0.6})):
+        for protocol in ("knn-1", "knn-2"):
+            found = result(scores=scores, headline=scores["k=20"], model={"model": name}, protocol=protocol)
+            found.save(tmp_path / f"{name}{protocol}.json")
+    overview = report((tmp_path,)).markdown.partition("## Overview")[2].partition("\n## ")[0]
+    assert [row["knn-1: k=20, val"] for row in table(overview)] == ["20.00", "60.00"]
+
+
 def test_the_document_does_not_depend_on_names_of_files(tmp_path):
     for folder, names in (("a", "xyz"), ("b", "zxy")):
         for name, seed in zip(names, range(3), strict=True):
