@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from cim_models.errors import DataError
 from cim_models.evaluation.batches import Example, image_seed
 from cim_models.evaluation.splits import fingerprint
-from cim_models.images import find_images, read_image
+from cim_models.images import find_images, read_image, read_list
 
 IGNORED = 255
 """The label of pixels that count for nothing."""
@@ -63,9 +63,7 @@ def read_palette(path: Path) -> Palette:
     table = np.full(256, -1, dtype=np.int16)
     table[IGNORED] = IGNORED
     known: dict[int, int] = {}
-    for line, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        if not text.strip() or text.startswith("#"):
-            continue
+    for line, text in read_list(path):
         digits, _, name = (part.strip() for part in text.partition("\t"))
         if not name or not digits.isdecimal() or int(digits) > 255:
             raise DataError(f"{path}, line {line}: {text!r} is not `number<TAB>name` with a number from 0 to 255")

@@ -388,6 +388,12 @@ def test_what_is_wrong_with_the_names_of_classes_is_said(tmp_path, text, message
         read_palette(tmp_path / "nothing.txt")
 
 
+def test_names_of_classes_as_windows_writes_them(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("\ufeff0\tSky\r\n\r\n3\tStraße\r\n".encode())
+    palette = read_palette(tmp_path / "classes.txt")
+    assert palette.classes == ["Sky", "Straße"] and palette.table[[0, 3]].tolist() == [0, 1]
+
+
 def test_camvid_is_read_as_it_is(shared, tmp_path):
     shutil.unpack_archive(shared / "data" / "camvid.zip", tmp_path)
     split = read_maps(tmp_path / "camvid", "val")
