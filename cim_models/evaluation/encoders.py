@@ -85,9 +85,7 @@ def open_pretext(model: str, device: str | None = None) -> tuple[CIM, int, int]:
     """
     place = _device(device)
     pretext = create_pretext(model)
-    sizes = resolve(model, part="pretext").pretext
-    if sizes is None:
-        raise WeightsError(f"{model} does not say which sizes its correlation head is for")
+    sizes: Any = resolve(model, part="pretext").pretext
     return pretext.to(place).eval(), sizes.context_size, sizes.exemplar_size
 
 

@@ -17,7 +17,7 @@ from cim_models.hub.load import create_transform
 from cim_models.images import read_image
 from cim_models.precision import autocast
 from cim_models.processes import ALONE, Processes
-from cim_models.workers import CORES, one_thread, usable_workers
+from cim_models.workers import CORES, usable_workers
 
 Pooling: TypeAlias = Literal["patches", "class", "both", "dense"]
 Precision: TypeAlias = Literal["fp32", "bf16"]
@@ -152,7 +152,6 @@ def _features(
         batch_sampler=cast(Any, batches),
         num_workers=usable_workers(workers) if len(batches) > 1 else 0,
         collate_fn=_collate,
-        worker_init_fn=one_thread,
         generator=torch.Generator(),
     )
     parameter = next(model.parameters())

@@ -4,7 +4,6 @@ import inspect
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import isfinite
@@ -20,12 +19,6 @@ import torchvision
 from cim_models import __version__
 from cim_models.errors import DataError
 from cim_models.files import replacing
-
-
-def _command_line() -> str:
-    program, *arguments = sys.argv
-    name = Path(program).name
-    return shlex.join([*(["cim"] if name in ("cim", "cim.exe", "cli.py") else ["python", name]), *arguments])
 
 
 def _versions() -> dict[str, str]:
@@ -70,7 +63,8 @@ class Report:
     settings: dict[str, Any]
     """All that the result depends on beside model and data; `seed` is what differs between repetitions."""
     result: dict[str, Any]
-    command: str = field(default_factory=_command_line)
+    command: str
+    """`command_of` it, which repeats it."""
     versions: dict[str, str] = field(default_factory=_versions)
     commit: str | None = field(default_factory=commit)
 

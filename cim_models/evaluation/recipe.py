@@ -102,7 +102,7 @@ def make_plan(config: TrainConfig, images: int, processes: int = 1, even: bool =
         DataError: If the images do not fill a step.
     """
     unit = processes * (2 if even else 1)
-    small = 2 ** max(0, math.floor(math.log2(max(1, images / STEPS_PER_EPOCH))))
+    small = 2 ** math.floor(math.log2(max(1, images / STEPS_PER_EPOCH)))
     batch = max(unit, (config.batch_size or min(most, small)) // unit * unit)
     if images < batch:
         raise DataError(f"{images} training images do not fill a step of {batch}: give more images")

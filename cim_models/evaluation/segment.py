@@ -23,7 +23,7 @@ from cim_models.evaluation.segmenters import Head, build_segmenter, design_of, s
 from cim_models.evaluation.splits import hold_out
 from cim_models.evaluation.training import Task, check_new, fit, layer_groups, settings_of
 from cim_models.processes import without_gpus
-from cim_models.workers import one_thread, usable_workers
+from cim_models.workers import usable_workers
 
 RESULT, BATCH = "segment.json", 16
 FROZEN = ("lr", "head_lr", "layer_decay", "weight_decay", "drop_path", "scale", "colour", "width", "short_side")
@@ -193,8 +193,7 @@ def evaluate(model: nn.Module, maps: Maps, accelerator: Accelerator, config: Tra
     classes = len(maps.palette.classes)
     confusion, loss = torch.zeros(classes, classes, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     for images, labels, _ in DataLoader(
-        maps, sampler=mine, num_workers=usable_workers(config.workers), collate_fn=collate, worker_init_fn=one_thread,
-        generator=torch.Generator(),
+        maps, sampler=mine, num_workers=usable_workers(config.workers), collate_fn=collate, generator=torch.Generator()
     ):  # fmt: skip
         with torch.no_grad():
             scores = resize(model(images.to(accelerator.device)), labels.shape[1:]).cpu()

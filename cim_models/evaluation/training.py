@@ -27,7 +27,7 @@ from cim_models.files import replacing
 from cim_models.precision import autocast, used_precision
 from cim_models.processes import none_is_lost
 from cim_models.state import differences, flat, load_state, save_state
-from cim_models.workers import one_thread, usable_workers
+from cim_models.workers import usable_workers
 
 STATE, LOG = "last.pt", "training.jsonl"
 
@@ -147,7 +147,6 @@ def fit(
         batch_sampler=Steps(task.images, plan, config.seed, start, rank, processes),
         num_workers=usable_workers(config.workers),
         collate_fn=collate,
-        worker_init_fn=one_thread,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
@@ -202,7 +201,6 @@ def fit(
             bar.set_postfix({"loss": f"{float(loss):.3f}", **{k: f"{v:.3f}" for k, v in numbers.items()}})
             losses.clear()
             failed.clear()
-    accelerator.unwrap_model(model).zero_grad()
     trained.last = _copy(kept)
     return trained
 
