@@ -20,8 +20,9 @@ class LinearSegmenter(nn.Module):
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
-        self.encoder, self.stride = encoder.requires_grad_(False).eval(), stride_of(encoder)
-        self.head = nn.Sequential(nn.BatchNorm2d(encoder.num_features), nn.Conv2d(encoder.num_features, classes, 1))
+        level = encoder.feature_info[-1]  # EfficientNets widen it before their pooling, to `num_features`
+        self.encoder, self.stride = encoder.requires_grad_(False).eval(), level["reduction"]
+        self.head = nn.Sequential(nn.BatchNorm2d(level["num_chs"]), nn.Conv2d(level["num_chs"], classes, 1))
 
     def train(self, mode: bool = True) -> "LinearSegmenter":
         """The head only."""
@@ -73,11 +74,6 @@ def levels_of(encoder: Any, count: int = 4) -> tuple[int, ...]:
         depth, count = len(reductions), min(count, len(reductions))
         return tuple(depth * (level + 1) // count - 1 for level in range(count))
     return tuple(range(len(reductions)))[-count:]
-
-
-def stride_of(encoder: Any) -> int:
-    """Pixels of a side that become one feature."""
-    return int(encoder.feature_info[-1]["reduction"])
 
 
 def pad(images: Tensor, stride: int) -> Tensor:

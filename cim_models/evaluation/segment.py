@@ -119,7 +119,9 @@ def segment(
         pixel_loss,
         (lambda model: (_score(*evaluate(model, choosing, accelerator, config)), [])) if held else None,
     )
-    _check_takes(segmenter, crop, accelerator.device)
+    picture: Any = testing[0, 0][0]
+    for height, width in (crop, picture.shape[1:]):
+        _check_takes(segmenter, height, width, accelerator.device)
 
     sources = {name: split.describe() for name, split in splits.items()}
     protocol = variant(f"segment-{head}-2", {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
@@ -242,10 +244,10 @@ def _size(split: MapSplit) -> tuple[int, int]:
     return height, width
 
 
-def _check_takes(model: nn.Module, crop: tuple[int, int], device: torch.device) -> None:
+def _check_takes(model: nn.Module, height: int, width: int, device: torch.device) -> None:
     """Raises ConfigError if the encoder does not work on pictures of this size."""
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, *crop, device=device))
+            model.eval()(torch.zeros(1, 3, height, width, device=device))
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"the encoder does not take pictures of {crop[0]} × {crop[1]} pixels: {error}") from error
+        raise ConfigError(f"the encoder does not take pictures of {height} × {width} pixels: {error}") from error

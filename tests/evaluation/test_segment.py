@@ -282,7 +282,7 @@ def test_two_processes_share_the_pictures(scenes, run, tmp_path, launch):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
-@pytest.mark.parametrize("name", ["cim_vit_tiny", "cim_resnet18", "test_vit", "test_convnext"])
+@pytest.mark.parametrize("name", ["cim_vit_tiny", "cim_resnet18", "test_vit", "test_convnext", "test_efficientnet"])
 @pytest.mark.parametrize("head", ["linear", "pyramid"])
 def test_every_parameter_that_trains_is_in_one_group(name, head):
     encoder = open_encoder(name, random_init=True, device="cpu")
@@ -296,6 +296,14 @@ def test_every_parameter_that_trains_is_in_one_group(name, head):
     assert segmenter.eval()(torch.randn(2, 3, 50, 75)).shape == (2, 3, 50, 75)
     scales = {group["lr_scale"] for group in groups}
     assert max(scales) == 10 and (len(scales) == 1 if head == "linear" else min(scales) < 0.5)
+
+
+def test_an_encoder_for_one_size_is_refused_where_pictures_have_another(scenes, tmp_path):
+    """Before it is trained: on crops of its size it would have been."""
+    for crop, refused in ((None, "90 × 61"), ((224, 224), "72 × 96")):
+        with pytest.raises(ConfigError, match=f"the encoder does not take pictures of {refused} pixels"):
+            segment("mixer_s32_224", scenes, tmp_path / "out", random_init=True, config=replace(QUICK, crop=crop))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_frozen_encoder_keeps_its_statistics():
