@@ -66,6 +66,7 @@ def correlation(
     if (limit is not None and limit < 1) or (source_size is not None and source_size < 1):
         raise ConfigError(f"limit={limit}, source_size={source_size}: must be 1 or more")
     check_writable(out)
+    images = Path(images)
     paths = find_images(images)
     paths = [paths[i * len(paths) // limit] for i in range(limit)] if limit and limit < len(paths) else paths
     if len(paths) < 2:

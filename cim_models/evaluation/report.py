@@ -125,7 +125,7 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
     sections = _sections(_read(sources))
     figures: dict[str, list[Path]] = {}
     if plots is not None:
-        figures = {section.slug: _plot(section, plots) for section in sections}
+        figures = {section.slug: _plot(section, Path(plots)) for section in sections}
     base = Path(out).parent if out is not None else Path()
     shown = {slug: [Path(os.path.relpath(path, base)).as_posix() for path in paths] for slug, paths in figures.items()}
     markdown = _markdown(sections, shown)
@@ -138,7 +138,7 @@ def report(sources: tuple[Path, ...], /, out: Path | None = None, *, plots: Path
 def _read(sources: Sequence[Path]) -> dict[Path, Report]:
     """The reports of files and folders."""
     found: dict[Path, Report] = {}
-    for source in sources:
+    for source in map(Path, sources):
         if source.is_dir():
             paths = sorted(source.rglob("*.json"))
             found |= {path: Report.load(path) for path in paths if _is_report(path)}

@@ -53,7 +53,7 @@ def unsure(run, tmp_path):
 
 def test_it_agrees_with_scikit_learn(tmp_path, unsure, photographs):
     folder = photographs(5, 70)
-    report = correlation(str(unsure), folder, tmp_path / "c.json", source_size=96, batch_size=2)
+    report = correlation(str(unsure), str(folder), str(tmp_path / "c.json"), source_size=96, batch_size=2)
     expected = independent(unsure, folder, 96, [[0, 1], [2, 3, 4]])  # nobody is left alone
     found = {**report.result, "iou": report.result["scores"]["exemplars"]}
     for name in ("loss", "gap", "iou", "iou_shuffled"):

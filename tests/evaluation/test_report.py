@@ -254,6 +254,13 @@ def test_a_plot_without_matplotlib(tmp_path, monkeypatch):
         draw_curves([Curve("a", {0: [0.1], 1: [0.2]})], tmp_path / "a.png", "t", "x", "y")
 
 
+def test_paths_may_be_strings(tmp_path):
+    for epoch in (1, 2):
+        result(model={"epoch": epoch}).save(tmp_path / f"{epoch}.json")
+    made = report((str(tmp_path),), str(tmp_path / "r.md"), plots=str(tmp_path))
+    assert made.markdown == report((tmp_path,), tmp_path / "r.md", plots=tmp_path).markdown and made.plots[0].is_file()
+
+
 def test_what_is_no_result_is_said(tmp_path):
     with pytest.raises(DataError, match="no result of `cim evaluate` there"):
         report((tmp_path,))
