@@ -114,6 +114,9 @@ def finetune(
     protocol = variant(PROTOCOL, {name: getattr(DEFAULT, name) for name in FROZEN}, asdict(config))
     config.check()
     out = Path(out)
+    tag = tag or re.sub(r"\W+", "_", out.resolve().name).strip("_") or "finetuned"
+    if not re.fullmatch(r"[\w.-]*\w", tag):
+        raise ConfigError(f"tag={tag!r}: give letters, digits, dots, hyphens and underscores")
     check_new(out, resume)
     if from_scratch:
         config = dataclasses.replace(config, layer_decay=1.0)
@@ -165,7 +168,6 @@ def finetune(
         command=command,
     )
     if accelerator.is_main_process:
-        tag = tag or re.sub(r"\W+", "_", out.resolve().name).strip("_") or "finetuned"
         _release(out, classifier, found, trained, report, classes, tag)
         report.save(out / RESULT)
     accelerator.wait_for_everyone()

@@ -160,6 +160,8 @@ def knn(
         WeightsError: If there are no such weights, or they do not fit.
     """
     command = command_of("evaluate knn", knn, locals())
+    if not ks or min(ks) < 1 or not temperature > 0:
+        raise ConfigError(f"ks={ks}, temperature={temperature}: both must be above 0, and one k given")
     frozen = frozen_features(
         model, train, val, out, config, weights=weights, random_init=random_init, image_size=image_size,
         limit_per_class=limit_per_class,

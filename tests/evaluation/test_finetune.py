@@ -372,6 +372,8 @@ def test_what_is_wrong_with_the_data_is_said_before_anything_is_trained(patterns
         tune()
     with pytest.raises(ConfigError, match="mixup is -1.0; it must be 0 or more"):
         tune(mixup=-1.0)
+    with pytest.raises(ConfigError, match="tag='a b': give letters"):
+        finetune(str(run), *(patterns / name for name in ("train", "val")), tmp_path / "out", config=QUICK, tag="a b")
     for words in ("rubbish", "rand-x9"):
         with pytest.raises(ConfigError, match=f"auto_augment='{words}' is not in timm's words"):
             training_transform(open_encoder(str(run), device="cpu"), replace(QUICK, auto_augment=words))

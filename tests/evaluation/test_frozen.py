@@ -56,6 +56,14 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_is_measured(spl
     assert not (splits / "cache").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"ks": ()}, {"ks": (0, 1)}, {"temperature": 0.0}])
+def test_neighbours_that_cannot_be_asked_for_are_said_before_features_are_extracted(splits, run, wrong):
+    config = FrozenConfig(workers=0, cache=splits / "cache")
+    with pytest.raises(ConfigError, match=r"ks=\(.*temperature="):
+        evaluation.knn(str(run), splits / "train", splits / "val", splits / "out.json", config=config, **wrong)
+    assert not (splits / "cache").exists()
+
+
 def test_classes_that_differ(splits, measure):
     (splits / "val" / "odd").rename(splits / "val" / "strange")
     with pytest.raises(DataError, match="train has classes that .*val has not: odd"):
