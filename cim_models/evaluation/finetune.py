@@ -290,8 +290,6 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _hold_out(split: Split, config: FinetuneConfig) -> tuple[list[int], list[int]]:
     """Which images to train on, and which to choose the best weights by."""
-    if not config.held_out:
-        return list(range(len(split.paths))), []
     try:
         used, held = hold_out(split.labels, config.held_out, config.seed)
     except DataError as error:
@@ -304,20 +302,19 @@ def _task(
 ) -> Task:
     """What the loop trains and measures."""
     choosing = Pictures(split, held, create_transform(classifier))
-    mixes = bool(config.mixup or config.cutmix)
-    mixup = Mixup(
-        config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classifier.num_classes
-    )  # fmt: skip
     task = Task(
         classifier,
         layer_groups(classifier, config.weight_decay, config.layer_decay),
         Pictures(split, used, training_transform(classifier, config), config.seed),
         len(used),
-        SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(config.smoothing),
+        LabelSmoothingCrossEntropy(config.smoothing),
         (lambda model: evaluate(model, choosing, accelerator, config)) if held else None,
     )
-    if mixes:
-        task.augment = mixup
+    if config.mixup or config.cutmix:
+        task.loss = SoftTargetCrossEntropy()
+        task.augment = Mixup(
+            config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classifier.num_classes
+        )
     return task
 
 

@@ -229,12 +229,9 @@ def _score(confusion: Tensor, loss: float) -> dict[str, float]:
 
 def _hold_out(split: MapSplit, config: SegmentConfig) -> tuple[list[int], list[int]]:
     """Which pictures to train on, and which to choose the best weights by."""
-    everything = torch.zeros(len(split.pictures)).long()
-    if not config.held_out:
-        return list(range(len(everything))), []
-    if len(everything) < 2:
+    if config.held_out and len(split.pictures) < 2:
         raise DataError(f"{split.root / 'train'}: one picture; give more, or held_out 0")
-    used, held = hold_out(everything, config.held_out, config.seed)
+    used, held = hold_out(torch.zeros(len(split.pictures)).long(), config.held_out, config.seed)
     return used.tolist(), held.tolist()
 
 

@@ -127,7 +127,7 @@ def hold_out(labels: Tensor, share: float = 0.1, seed: int = 0) -> tuple[Tensor,
 
     Args:
         labels: (N,) int64.
-        share: Of each class that is held out, at least one example where the class has two or more.
+        share: Of each class that is held out, at least one example where the class has two or more; 0 holds none out.
         seed: Of the draw.
 
     Returns:
@@ -136,8 +136,8 @@ def hold_out(labels: Tensor, share: float = 0.1, seed: int = 0) -> tuple[Tensor,
     Raises:
         DataError: If every class has one example only.
     """
-    held = draw_per_class(labels, float(share), seed, keep=1)
-    if not len(held):
+    held = draw_per_class(labels, float(share), seed, keep=1) if share else labels[:0]
+    if share and not len(held):
         raise DataError("each class has one training image, so none can be held out; give at least two per class")
     kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, held, False)
     return kept.nonzero()[:, 0], held

@@ -124,5 +124,7 @@ def test_what_is_held_out_is_a_tenth_of_every_class():
     kept, held = hold_out(LABELS, 0.1, seed=3)
     assert torch.equal(torch.cat([kept, held]).sort().values, torch.arange(len(LABELS)))
     assert LABELS[held].bincount(minlength=3).tolist() == [1, 0, 3]
+    kept, held = hold_out(LABELS, 0)
+    assert kept.tolist() == list(range(len(LABELS))) and not len(held)
     with pytest.raises(DataError, match="at least two per class"):
         hold_out(torch.arange(4))
