@@ -68,7 +68,7 @@ def correlation(
     check_writable(out)
     images = Path(images)
     paths = find_images(images)
-    paths = [paths[i * len(paths) // limit] for i in range(limit)] if limit and limit < len(paths) else paths
+    paths = [paths[i] for i in spread(len(paths), limit or len(paths))]
     if len(paths) < 2:
         raise DataError(f"{images}: {len(paths)} image; at least two are needed, which exchange their exemplars")
     pretext, context_size, exemplar_size = open_pretext(model, device)
@@ -125,6 +125,11 @@ def use_encoder(pretext: CIM, encoder: Literal["both", "online", "target"]) -> N
 def central(image: Image.Image) -> Image.Image:
     """The central square of a picture."""
     return ImageOps.fit(image, (min(image.size),) * 2)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices, evenly spread over `length`."""
+    return [i * length // min(count, length) for i in range(min(count, length))]
 
 
 @torch.no_grad()

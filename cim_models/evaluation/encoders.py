@@ -66,7 +66,9 @@ def open_encoder(
             if weights is not None:
                 load_checkpoint(encoder, weights, model)
         elif random_init:
-            encoder = _like(_described(model))
+            found = _described(model)
+            args = {**(found.model_args or {}), "pretrained_cfg": pretrained_cfg(found)}
+            encoder = create_model(found.architecture, num_classes=0, **args)
         else:
             encoder = create_model(model, pretrained=True, weights=weights, num_classes=0)
     if image_size is not None:
@@ -154,12 +156,6 @@ def _described(model: str) -> Weights:
         if model not in ARCHITECTURES:
             raise
         return Weights(model, model, {})
-
-
-def _like(found: Weights) -> nn.Module:
-    """A random encoder of the architecture and with the preprocessing of some weights."""
-    cfg = pretrained_cfg(found)
-    return create_model(found.architecture, num_classes=0, pretrained_cfg=cfg, **(found.model_args or {}))
 
 
 def _resize(encoder: Any, size: int) -> None:

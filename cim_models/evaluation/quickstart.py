@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cim_models.errors import ConfigError
-from cim_models.evaluation.correlation import central
+from cim_models.evaluation.correlation import central, spread
 from cim_models.evaluation.embed import embed, load_features
 from cim_models.evaluation.encoders import DEFAULT_MODEL, open_encoder, open_pretext
 from cim_models.evaluation.features import extract_all
@@ -108,7 +108,7 @@ def quickstart(
         with replacing(images) as file:
             file.write_bytes(b"".join(os.fsencode(path) + b"\n" for path in photographs()))
     features, names = load_features(embed(images, model, out / "features.safetensors", device=device).path)
-    shown = _spread(len(names), ROWS)
+    shown = spread(len(names), ROWS)
 
     picture, iou, iou_shuffled = _correlation([names[i] for i in shown], model, device)
     correlation = _save(picture, out / "correlation.png")
@@ -118,7 +118,7 @@ def quickstart(
         picture, same, same_random = _tile_neighbours(names, shown, model, device)
     else:
         found = _others(features[shown], features, shown)
-        picture = _sheet([read_image(names[i]) for i in shown], shown, found, names, lambda i: read_image(names[i]))
+        picture = _sheet(shown, found, names, lambda i: read_image(names[i]))
     return Quickstart(
         features=out / "features.safetensors",
         neighbours=_save(picture, out / "neighbours.png"),
@@ -175,7 +175,7 @@ def _tile_neighbours(
         found = _others(features, features, range(len(tiles)))
         shares.append(sum(owners[row[0][0]] == owner for row, owner in zip(found, owners, strict=True)) / len(tiles))
     centres = [i * GRID**2 + GRID**2 // 2 for i in shown]
-    picture = _sheet([tiles[i] for i in centres], centres, [found[i] for i in centres], owners, tiles.__getitem__)
+    picture = _sheet(centres, [found[i] for i in centres], owners, tiles.__getitem__)
     return picture, shares[1], shares[0]
 
 
@@ -190,15 +190,14 @@ def _others(queries: Tensor, gallery: Tensor, own: Sequence[int]) -> list[list[t
 
 
 def _sheet(
-    queries: Sequence[Image.Image],
     own: Sequence[int],
     found: Sequence[Sequence[tuple[int, float]]],
     names: Sequence[str],
     picture: Callable[[int], Image.Image],
 ) -> Image.Image:
-    """The sheet of `neighbours.png`: query pictures, and those of the rows that were found."""
+    """The sheet of `neighbours.png`: pictures of some rows, each beside those of the rows that were found for it."""
     labels = [Path(name).stem for name in names]
-    rows = [[query, *(picture(i) for i, _ in row)] for query, row in zip(queries, found, strict=True)]
+    rows = [[picture(mine), *(picture(i) for i, _ in row)] for mine, row in zip(own, found, strict=True)]
     captions = [
         [labels[mine], *(f"{similarity:.2f} {labels[i]}" for i, similarity in row)]
         for mine, row in zip(own, found, strict=True)
@@ -213,11 +212,6 @@ def _tiles(image: Image.Image) -> list[Image.Image]:
     image = image.resize((width, height)) if image.size != (width, height) else image
     x, y = ([round(i * side / GRID) for i in range(GRID + 1)] for side in (width, height))
     return [image.crop((x[c], y[r], x[c + 1], y[r + 1])) for r in range(GRID) for c in range(GRID)]
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """Up to `count` indices, evenly spread over `length`."""
-    return sorted({i * length // min(count, length) for i in range(min(count, length))})
 
 
 def _save(picture: Image.Image, path: Path) -> Path:
