@@ -1,9 +1,7 @@
-"""Processes that read images: no more than there are cores, and one thread each."""
+"""Processes that read images: no more than there are cores."""
 
 import logging
 import os
-
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -16,8 +14,3 @@ def usable_workers(wanted: int) -> int:
     if wanted > CORES:
         logger.info("%d readers are asked for, but there are %d cores: reading with as many", wanted, CORES)
     return min(wanted, CORES)
-
-
-def one_thread(worker: int) -> None:
-    """Readers leave the cores to each other."""
-    torch.set_num_threads(1)

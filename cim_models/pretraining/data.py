@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cim_models.errors import ConfigError, DataError
 from cim_models.pretraining.readers import Records, read_record
-from cim_models.workers import one_thread
 
 REPLACEMENTS = 100
 CROP_TRIES = 10
@@ -293,8 +292,7 @@ def in_order(pictures: Pictures, workers: int) -> Iterator[dict[str, Any]]:
 
 
 def start_worker(worker: int) -> None:
-    """A reader has one thread, and leaves it to the training process to end it after a signal that both of them got."""
-    one_thread(worker)
+    """A reader leaves it to the training process to end it after a signal that both of them got."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(GRACE))
