@@ -34,7 +34,7 @@ STEPS = {"cuda": 120, "cpu": 12}
 SIDES = {"cuda": (16384, 8192, 4096), "cpu": (1024, 512)}
 """Of the matrices whose product is the ceiling."""
 LINES = 6
-"""Lines of the log that a run writes: the diagnosis of one costs a quarter of a step, and a wait for the GPU."""
+"""Lines of the log that a run writes; few, since each is a diagnosis, and a wait for the GPU."""
 FILES = 64
 """Different pictures; the list of a run names them over and over."""
 BARS = {"cim_vit_base": 0.45, "cim_vit_small": 0.30}

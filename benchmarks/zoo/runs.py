@@ -128,7 +128,7 @@ def stretch(config: PretrainConfig, images: int) -> None:
 
 @functools.cache
 def images_in(path: str) -> int:
-    """How many there are; to list a hundred thousand takes seconds, of which a GPU has no use."""
+    """How many there are, listed once: a GPU would wait for that."""
     return len(open_records(path))
 
 

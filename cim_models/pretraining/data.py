@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -250,6 +251,7 @@ class _Loader(DataLoader[dict[str, Any]]):
         try:
             yield from super().__iter__()
         except DataError as error:
+            traceback.clear_frames(error.__traceback__)  # or a cycle of them keeps the readers
             raise DataError(str(error).rsplit("DataError: ", 1)[-1].strip()) from error
 
 
